@@ -1,0 +1,200 @@
+"""Reads what preparedataset.py wrote: the vocabulary, the images or their cached features, captions and objects.
+
+    dataset = CaptionDataset("data/scenes", "train", transform=image_transform(64))      # or features="vgg16"
+    x, captions, index = dataset[0]
+"""
+
+import hashlib
+import os
+import struct
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from nltk.tokenize import RegexpTokenizer
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from commandline import UserError, read_json, write_json
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TOKENIZER = RegexpTokenizer(r"\w+")
+
+
+def tokenize(caption):
+    """The words of a caption: lower case, punctuation separates ("A man's hat." -> a, man, s, hat)."""
+    return _TOKENIZER.tokenize(caption.lower())
+
+
+class Vocabulary:
+    """Words and their indices: <pad> is 0, then the kept words, <unk>, <start>, <end>. `words` is that full list."""
+
+    def __init__(self, words):
+        self.words = list(words)
+        if self.words[:1] != ["<pad>"] or self.words[-3:] != ["<unk>", "<start>", "<end>"]:
+            raise UserError("this is not a vocabulary: it must begin with <pad> and end with <unk>, <start>, <end>")
+        self._index = {word: index for index, word in enumerate(self.words)}
+        self.pad = 0
+        self.unk, self.start, self.end = range(len(self.words) - 3, len(self.words))
+
+    @classmethod
+    def build(cls, token_lists, min_word_freq):
+        """The vocabulary of the words that occur at least `min_word_freq` times, in first-seen order."""
+        counts = Counter(token for tokens in token_lists for token in tokens)
+        kept = [word for word, count in counts.items() if count >= min_word_freq]
+        return cls(["<pad>", *kept, "<unk>", "<start>", "<end>"])
+
+    def __len__(self):
+        return len(self.words)
+
+    def __contains__(self, word):
+        return word in self._index
+
+    def encode(self, tokens):
+        """The index of each token, <unk>'s for an unknown one; no <start> or <end> is added."""
+        return [self._index.get(token, self.unk) for token in tokens]
+
+    def decode(self, ids):
+        """The words of `ids` (ints or a 1-d tensor) up to <end>, without <start> and <pad>; <unk> stays."""
+        words = []
+        for index in map(int, ids):
+            if index == self.end:
+                break
+            if index not in (self.start, self.pad):
+                words.append(self.words[index])
+        return words
+
+    def save(self, path):
+        """Write the list of words as JSON."""
+        write_json(path, self.words)
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote; UserError if `path` is missing or holds no vocabulary."""
+        words = read_json(path)
+        return cls(words if isinstance(words, list) else [])
+
+
+def load_image(path):
+    """The image in `path` as an 8-bit RGB PIL image, upright as its EXIF tag says, transparency laid on white.
+
+    UserError naming the file if it is missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise UserError(f"there is no image {path}") from None
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image, it may be damaged ({error})") from None
+
+
+def _to_rgb(image):
+    """An 8-bit RGB copy of a PIL image of any mode."""
+    if image.mode.startswith("I"):  # 16 bits a pixel: PIL would clip them to 255 instead of scaling
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def image_transform(size, augment=False):
+    """PIL RGB image -> float (3, size, size), stretched to a square (as the paper does), ImageNet-normalised.
+
+    `augment` adds the original's training augmentation: brightness and contrast by up to 20 %, mirroring.
+    """
+    augmentation = [v2.ColorJitter(brightness=0.2, contrast=0.2), v2.RandomHorizontalFlip()] if augment else []
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+                 v2.ToPureTensor()]
+    return v2.Compose([v2.Resize((size, size)), *augmentation, *to_tensor])
+
+
+def features_path(folder, encoder):
+    """Where the features of the encoder called `encoder` are cached."""
+    return Path(folder) / f"features-{encoder}.h5"
+
+
+def files_hash(entries):
+    """16 hex digits that tell one list of images from another, so that rows of a cache are never misattributed."""
+    return hashlib.sha256("\n".join(entry["file"] for entry in entries).encode()).hexdigest()[:16]
+
+
+class CaptionDataset(Dataset):
+    """One split of a prepared dataset, one item per image: (x, captions, index).
+
+    x: float (3, H, W), the image after `transform` (None: as it is, in 0..1), or float (L, D), its row of
+    features-<features>.h5;
+    captions: long (5, max_length + 2), each <start>, words, <end>, <pad> ...; index: int.
+    Attributes: folder, split, info, vocabulary, entries (list of dicts of <split>.json), features_attributes (dict of
+    the cache's attributes, or None). UserError if the folder, the split or a complete cache is missing.
+    """
+
+    def __init__(self, folder, split, transform=None, features=None):
+        self.folder, self.split, self.transform, self.features = Path(folder), split, transform, features
+        if not (self.folder / "info.json").exists():
+            raise UserError(f"{folder} is not a prepared dataset; run: python preparedataset.py --output {folder} ...")
+        self.info = read_json(self.folder / "info.json")
+        if split not in self.info["splits"]:
+            raise UserError(f"{folder} has no split '{split}'; it has: {', '.join(self.info['splits'])}")
+        self.vocabulary = Vocabulary.load(self.folder / "vocabulary.json")
+        self.entries = read_json(self.folder / f"{split}.json")
+        self._open_file = None  # (process id, h5py.File)
+        self.features_attributes = self._check_cache() if features else None
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        return (self._row(index) if self.features else self._pixels(index)), self.captions(index), index
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open_file": None}
+
+    def captions(self, index):
+        """The five encoded captions of an image: long (5, max_length + 2)."""
+        start, end, pad = [self.vocabulary.start], [self.vocabulary.end], [self.vocabulary.pad]
+        length = self.info["max_length"]
+        rows = [start + ids + end + pad * (length - len(ids)) for ids in self.entries[index]["encoded"]]
+        return torch.tensor(rows)
+
+    def image_path(self, index):
+        """The file of an image."""
+        return self.folder / self.info["images_root"] / self.entries[index]["file"]
+
+    def image(self, index):
+        """The image itself, PIL RGB, untransformed."""
+        return load_image(self.image_path(index))
+
+    def references(self):
+        """{index: the raw captions of that image, all of them}."""
+        return {index: entry["captions"] for index, entry in enumerate(self.entries)}
+
+    def _pixels(self, index):
+        image = self.image(index)
+        return self.transform(image) if self.transform else v2.functional.pil_to_tensor(image) / 255
+
+    def _row(self, index):
+        """One row of the cache; every process (DataLoader worker) opens the file for itself, as HDF5 requires."""
+        if self._open_file is None or self._open_file[0] != os.getpid():
+            self._open_file = os.getpid(), h5py.File(features_path(self.folder, self.features), "r")
+        return torch.from_numpy(self._open_file[1][self.split][index].astype(np.float32))
+
+    def _check_cache(self):
+        """The attributes of the cache; UserError unless it holds every image of this split."""
+        path, again = features_path(self.folder, self.features), f"run preparedataset.py --features {self.features}"
+        if not path.exists():
+            raise UserError(f"there is no {path}; {again}")
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it and {again}") from None
+        with file:
+            if self.split not in file or not file[f"{self.split}_done"][:].all():
+                raise UserError(f"{path} is incomplete for split '{self.split}'; {again}, it goes on where it stopped")
+            if file[self.split].attrs["files_hash"] != files_hash(self.entries):
+                raise UserError(f"{path} was made for other images; delete it and {again}")
+            return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in file.attrs.items()}

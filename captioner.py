@@ -1,0 +1,282 @@
+"""What all captioners share: look at an image, learn from captions, caption, explain, save and load.
+
+    captioner = load_captioner("checkpoints/scenes-gridtd.pt", device="cpu")
+    captions = captioner.caption(images, method="beam", beam_size=3)    # lists of words
+    explanations = captioner.explain(images)                            # one Explanation an image
+
+A model defines `look(features, rules)`, `start(memory, n)`, `word_inputs(embeddings, memory)` and `step(word_input, state,
+memory, rules)`; the same forward serves training, decoding, gradients and LRP, which differ in `rules` (lrp_utils.py).
+"""
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from captiondata import Vocabulary
+from commandline import UserError, write_atomically
+from decoding import DECODERS
+from encoder import ENCODERS, Encoder
+from lrp_utils import LRP, AlphaOneBetaZero, TrueGradient
+
+METHODS = ("lrp",)  # what `explain` can do
+IMAGES_PER_BATCH = 64  # when captioning
+PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
+
+
+@dataclass
+class CaptionerConfig:
+    """The sizes of a captioner, saved in its checkpoint. `max_length` is the longest caption it may say, in words."""
+
+    model_type: str = "gridtd"
+    encoder: str = "vgg16"
+    embed_dim: int = 512
+    hidden_dim: int = 512
+    dropout: float = 0.5
+    max_length: int = 20
+
+
+@dataclass
+class Explanation:
+    """Why a captioner said each of the T words of a caption. Tensors are on the CPU, in the captioner's precision (float32).
+
+    words               T strings
+    scores              (T,) the explained logits
+    probabilities       (T,) softmax of the same
+    image_relevance     (T, H, W) signed relevance of the pixels, channels summed, not normalised
+    region_relevance    (T, L) of the encoder's region features, channels summed
+    word_relevance      (T, T) row t: of the inputs 0..t = `<start>`, word 0 .. word t-1; zero above the diagonal
+    attention           (T, heads, L), and `beta` (T,) the share of the visual sentinel, or None
+    """
+
+    words: list
+    scores: torch.Tensor
+    probabilities: torch.Tensor
+    image_relevance: torch.Tensor
+    region_relevance: torch.Tensor
+    word_relevance: torch.Tensor
+    attention: torch.Tensor
+    beta: torch.Tensor | None
+
+
+class Captioner(nn.Module):
+    """An encoder, a word embedding, the projection of the regions and the last layer; models add what lies between."""
+
+    def __init__(self, config, vocabulary, encoder):
+        super().__init__()
+        self.config, self.vocabulary, self.encoder = config, vocabulary, encoder
+        self.embedding = nn.Embedding(len(vocabulary), config.embed_dim)
+        self.image_projection = nn.Linear(encoder.out_channels, config.hidden_dim)
+        self.fc = nn.Linear(config.hidden_dim, len(vocabulary))
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def device(self):
+        return self.fc.weight.device
+
+    def decoder_parameters(self):
+        """All parameters but the encoder's."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")]
+
+    def unroll(self, embeddings, memory, rules=TrueGradient):
+        """Teacher forcing: embeddings (B, N, T, E) of the inputs -> outputs (B, N, T, H) before the last layer,
+        attention (B, N, T, heads, L), beta (B, N, T)."""
+        state = self.start(memory, embeddings.shape[1])
+        steps = []
+        for word_input in self.word_inputs(embeddings, memory).unbind(dim=2):
+            output, state, *attention = self.step(word_input, state, memory, rules)
+            steps.append((output, *attention))
+        return tuple(torch.stack(parts, dim=2) for parts in zip(*steps))
+
+    def forward(self, features, inputs, ss_prob=0.0):
+        """features (B, L, D), inputs (B, N, T) word ids, N captions an image -> logits (B, N, T, V) of the next words.
+
+        ss_prob: the probability that an input is replaced by the captioner's own last prediction.
+        """
+        memory = self.look(features)
+        if ss_prob:
+            inputs = self._scheduled_inputs(memory, inputs, ss_prob)
+        return self.fc(self.dropout(self.unroll(self.embedding(inputs), memory)[0]))
+
+    @torch.no_grad()
+    def _scheduled_inputs(self, memory, inputs, ss_prob):
+        """Scheduled sampling (Bengio et al. 2015), a coin for every word; as in the original not before the fourth input."""
+        inputs = inputs.clone()
+        state = self.start(memory, inputs.shape[1])
+        for t in range(inputs.shape[2]):
+            if t > 2:
+                replace = torch.rand(predicted.shape, device=inputs.device) < ss_prob  # noqa: F821 (set at t - 1)
+                inputs[:, :, t] = torch.where(replace & (inputs[:, :, t] != self.vocabulary.pad), predicted, inputs[:, :, t])
+            log_probabilities, state = self.next_words(inputs[:, :, t], state, memory)
+            predicted = log_probabilities.argmax(-1)
+        return inputs
+
+    def next_words(self, words, state, memory):
+        """One decoding step: words (B, N) just said -> log-probabilities (B, N, V) of the next, and the new state.
+
+        `<pad>`, `<start>` and `<unk>` are never said (-inf), so that every word of a caption can be explained.
+        """
+        output, state, *_ = self.step(self.word_inputs(self.embedding(words), memory), state, memory)
+        log_probabilities = self.fc(output).log_softmax(dim=-1)
+        silent = [self.vocabulary.pad, self.vocabulary.start, self.vocabulary.unk]
+        return log_probabilities.index_fill(-1, torch.tensor(silent, device=words.device), -torch.inf), state
+
+    @torch.no_grad()
+    def decode(self, features, method="beam", beam_size=3, max_length=None):
+        """Region features (B, L, D) -> B captions, each a list of words. `method`: one of decoding.DECODERS."""
+        if method not in DECODERS:
+            raise UserError(f"there is no decoding '{method}'; choose from {', '.join(DECODERS)}")
+        options = {"beam_size": beam_size} if method == "beam" else {}
+        with evaluating(self):
+            ids = DECODERS[method](self, features, max_length=max_length or self.config.max_length, **options)
+        return [self.vocabulary.decode(caption) for caption in ids]
+
+    @torch.no_grad()
+    def caption(self, images, method="beam", beam_size=3, max_length=None):
+        """Images (B, 3, H, W), ImageNet-normalised -> B captions, each a list of words."""
+        captions = []
+        for batch in images.split(IMAGES_PER_BATCH):
+            with evaluating(self):
+                features = self.encoder(batch.to(self.device))
+            captions += self.decode(features, method, beam_size, max_length)
+        return captions
+
+    def explain(self, images, captions=None, method="lrp"):
+        """Explain every word of a caption of every image.
+
+        images: (B, 3, H, W), ImageNet-normalised; captions: B lists of words, or None to decode them first (3 beams);
+        method: one of METHODS. Returns B Explanations. Raises UserError for another method, an empty caption or a word
+        that the captioner cannot say.
+        """
+        if method not in METHODS:
+            raise UserError(f"there is no explanation method '{method}'; choose from {', '.join(METHODS)}")
+        captions = self.caption(images) if captions is None else captions
+        ids = [self._explainable_ids(words) for words in captions]
+        explanations = []
+        for chunk in self._chunks(images, ids):
+            with evaluating(self):
+                explanations += self._explain_chunk(images[chunk].to(self.device), ids[chunk], LRP())
+        return explanations
+
+    def _explainable_ids(self, words):
+        unknown = [word for word in words if word not in self.vocabulary]
+        if unknown:
+            raise UserError(f"the word '{unknown[0]}' is not in this captioner's vocabulary, so it cannot be explained")
+        if not words:
+            raise UserError("there is no word to explain in an empty caption")
+        return self.vocabulary.encode(words)
+
+    def _chunks(self, images, ids):
+        """Slices of consecutive images small enough to be explained in one pass."""
+        longest = max(map(len, ids), default=1)
+        size = max(1, PIXELS_PER_PASS // (longest * images[0, 0].numel())) if len(images) else 1
+        return [slice(first, first + size) for first in range(0, len(images), size)]
+
+    def _explain_chunk(self, images, ids, rules):
+        """All words of all these images by one forward and one backward with T gradients an image."""
+        inputs, targets = self._padded(ids)
+        images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            with AlphaOneBetaZero():
+                features = self.encoder.folded()(images)
+            embeddings = self.embedding(inputs).detach().requires_grad_()
+            outputs, attention, beta = self.unroll(embeddings.unsqueeze(1), self.look(features, rules), rules)
+            outputs = outputs.squeeze(1)  # (B, T, H)
+            scores = rules.epsilon((outputs * self.fc.weight[targets]).sum(-1) + self.fc.bias[targets])
+        words = targets.shape[1]
+        seeds = torch.eye(words).to(scores).unsqueeze(1).expand(-1, len(ids), -1)  # (T, B, T): gradient t is of word t
+        leaves = (images, features, embeddings)
+        gradients = torch.autograd.grad(scores, leaves, seeds, is_grads_batched=True)
+        with torch.no_grad():
+            pixels, regions, preceding = (leaf * gradient for leaf, gradient in zip(leaves, gradients))
+            probabilities = self.fc(outputs).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            batch = {
+                "scores": scores,
+                "probabilities": probabilities,
+                "image_relevance": pixels.sum(2).transpose(0, 1),
+                "region_relevance": regions.sum(-1).transpose(0, 1),
+                "word_relevance": preceding.sum(-1).transpose(0, 1),
+                "attention": attention.squeeze(1),
+                "beta": beta.squeeze(1),
+            }
+        return [self._explanation(row, caption, batch) for row, caption in enumerate(ids)]
+
+    def _explanation(self, row, ids, batch):
+        """The Explanation of one image, cut out of a padded batch."""
+        length = len(ids)
+        parts = {name: value[row, :length].detach().cpu() for name, value in batch.items()}
+        parts["word_relevance"] = parts["word_relevance"][:, :length]
+        return Explanation(words=self.vocabulary.decode(ids), **parts)
+
+    def _padded(self, ids):
+        """Lists of word ids -> inputs (B, T) = `<start>` and all but the last word, and targets (B, T), padded."""
+        longest = max(map(len, ids))
+        rows = [[self.vocabulary.start, *caption] + [self.vocabulary.pad] * (longest - len(caption)) for caption in ids]
+        tokens = torch.tensor(rows, device=self.device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def save(self, path, **extra):
+        """Write one self-contained file that `load_captioner` reads; `extra` holds plain values and tensors."""
+        checkpoint = {
+            "format": CHECKPOINT_FORMAT,
+            "config": asdict(self.config),
+            "vocabulary": list(self.vocabulary.words),
+            "state_dict": self.state_dict(),
+            **extra,
+        }
+        with write_atomically(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+CHECKPOINT_FORMAT = "image captioner 1"
+
+
+@contextmanager
+def evaluating(module):
+    """The module in eval mode inside, and in whatever mode it was afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        yield module.eval()
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def model_class(model_type):
+    """The class of a model_type; UserError if there is none."""
+    from gridTDmodel import GridTDCaptioner  # not at the top: the models build on this file
+
+    models = {"gridtd": GridTDCaptioner}
+    if model_type not in models:
+        raise UserError(f"there is no model_type '{model_type}'; choose from {', '.join(models)}")
+    return models[model_type]
+
+
+def build_captioner(config, vocabulary, encoder):
+    """A captioner with random decoder weights over the given encoder."""
+    return model_class(config.model_type)(config, vocabulary, encoder)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict in a checkpoint file; UserError if there is no such file or it is something else."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; make one with: python train.py") from None
+    except Exception:  # torch.load raises many kinds for a file that is no checkpoint
+        raise UserError(f"{path} is not a checkpoint of this project, or is damaged") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project")
+    return checkpoint
+
+
+def load_captioner(path, device="cpu"):
+    """The captioner saved in `path`, in eval mode on `device`. UserError if the file is not one."""
+    checkpoint = read_checkpoint(path, device)
+    config = CaptionerConfig(**checkpoint["config"])
+    if config.encoder not in ENCODERS:
+        raise UserError(f"{path} uses an encoder '{config.encoder}' that this version does not have")
+    captioner = build_captioner(config, Vocabulary(checkpoint["vocabulary"]), Encoder(config.encoder))
+    captioner.load_state_dict(checkpoint["state_dict"])
+    return captioner.to(device).eval()

@@ -1,0 +1,102 @@
+"""What every command shares, so that no script repeats it: one-line errors, device, seed, safe files, provenance.
+
+A script ends with `run(main)`; a mistake of its user is raised as `UserError` anywhere below and becomes one line and exit code 2.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that says what is wrong and what to do."""
+
+
+def run(main):
+    """Call `main()`; print a UserError as one line on stderr and exit with 2, an interruption with 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def add_common_flags(parser, seed=0):
+    """Give an argparse parser the flags that all commands understand alike: --device and --seed."""
+    parser.add_argument("--device", help="where to compute, e.g. cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
+    parser.add_argument("--seed", type=int, default=seed, help="the one source of randomness (default: %(default)s)")
+
+
+def choose_device(name=None):
+    """The torch device called `name`; None means cuda if there is one, else cpu. UserError if it is not usable here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device '{name}' cannot be used on this machine; try --device cpu") from None
+    return device
+
+
+def set_seed(seed):
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def write_atomically(path):
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value, indent=1):
+    """Write `value` as JSON to `path`, whole or not at all."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """The JSON in `path`; UserError if it is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (ValueError, IsADirectoryError):
+        raise UserError(f"{path} is not a JSON file") from None
+
+
+def file_hash(path):
+    """The first 16 hex digits of the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def provenance(seed=None, checkpoint=None):
+    """What a result needs to be made again: command line, seed, versions and the checkpoint's hash, as a dict."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": seed,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "checkpoint_sha256": file_hash(checkpoint) if checkpoint else None,
+    }

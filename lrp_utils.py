@@ -1,0 +1,136 @@
+"""Layer-wise relevance propagation (LRP) as a modified gradient; paper §3.2, Algorithm 1.
+
+Every rule used here shares relevance in proportion to (part / total), so the quantity c = R / value can be carried instead
+of R: linear maps, sums and weighted sums then hand c on by ordinary autograd, and the relevance of any activation is
+value * c. What differs from the true gradient is four small things:
+
+* the epsilon-rule is an identity whose backward multiplies by z / (z + epsilon * sign z)      (Bach et al. 2015, eq. 58)
+* gates, attention weights and beta are constants: they are detached                            (Arras et al. 2017; eq. 8)
+* tanh passes relevance through: its backward is tanh(g) / g                                    (Arras et al. 2017)
+* convolutions use alpha1-beta0: only what raised a unit's activation gets relevance            (Bach et al. 2015, eq. 60)
+
+`TrueGradient` and `LRP` are the two sets of decoder rules: the captioners are written once, in terms of `rules.epsilon`,
+`rules.constant` and `rules.tanh`. `AlphaOneBetaZero` changes the convolutions of any encoder from outside, for a `with`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+EPSILON = 0.01  # paper §4, "LRP parameters"
+
+
+def stabilize(z, epsilon):
+    """z + epsilon * sign(z), with sign(0) = +1, so that nothing is divided by zero; the shape of z."""
+    return z + epsilon * torch.where(z < 0, -1.0, 1.0).to(z)
+
+
+def safe_ratio(numerator, denominator):
+    """numerator / denominator, and 0 where the denominator is 0 (nothing arrived, so there is nothing to share out)."""
+    zero = denominator == 0
+    return torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
+
+
+class _ScaledBackward(torch.autograd.Function):
+    """`output` going forward; going back the gradient with respect to z is multiplied by `factor` (element by element)."""
+
+    @staticmethod
+    def forward(ctx, z, output, factor):
+        ctx.save_for_backward(factor)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None, None
+
+
+class TrueGradient:
+    """The captioner as it is: training, decoding, and the gradient-based explanations."""
+
+    tanh = staticmethod(torch.tanh)
+
+    @staticmethod
+    def epsilon(z):
+        return z
+
+    @staticmethod
+    def constant(x):
+        return x
+
+
+class LRP:
+    """The decoder rules of LRP; `epsilon` is the stabiliser of every linear layer and sum (paper: 0.01)."""
+
+    def __init__(self, epsilon=EPSILON):
+        self.stabilizer = epsilon
+
+    def epsilon(self, z):
+        """epsilon-rule for z = sum of parts (+ bias): R(part) = part / (z + epsilon sign z) * R(z). Identity forward."""
+        value = z.detach()
+        return _ScaledBackward.apply(z, value, safe_ratio(value, stabilize(value, self.stabilizer)))
+
+    @staticmethod
+    def constant(x):
+        """A gate or attention weight: it shares out relevance and takes none itself."""
+        return x.detach()
+
+    @staticmethod
+    def tanh(g):
+        """tanh(g), with R(g) = R(tanh g): the backward is tanh(g)/g, and 1 (its limit) at g = 0."""
+        value = g.detach()
+        output = value.tanh()
+        return _ScaledBackward.apply(g, output, torch.where(value == 0, 1, safe_ratio(output, value)))
+
+
+class _AlphaOneBetaZero(torch.autograd.Function):
+    """A convolution y = w * x + b whose backward shares relevance by the alpha1-beta0 rule, bias left out:
+
+    R(x) = x+ . convT(R(y) / z, w+) + x- . convT(R(y) / z, w-),   z = conv(x+, w+) + conv(x-, w-)      (x = x+ + x-)
+
+    In terms of c = R / value this is convT(c(y) y/z, w+) where x > 0, and convT(c(y) y/z, w-) where x < 0.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, *geometry):
+        y = F.conv2d(x, weight, bias, *geometry)
+        positive, negative = weight.clamp(min=0), weight.clamp(max=0)
+        z = F.conv2d(x.clamp(min=0), positive, None, *geometry)
+        signed = bool((x < 0).any())  # behind a ReLU no input is negative, and half of the work falls away
+        if signed:
+            z += F.conv2d(x.clamp(max=0), negative, None, *geometry)
+        ctx.save_for_backward(safe_ratio(y, z), positive, negative, x if signed else x.new_empty(0))
+        ctx.input_like, ctx.geometry = x.new_empty(1).expand(x.shape), geometry
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ratio, positive, negative, x = ctx.saved_tensors
+        shared = gradient * ratio
+        result = _convolution_backward(shared, ctx.input_like, positive, *ctx.geometry)
+        if x.numel():
+            result = torch.where(x < 0, _convolution_backward(shared, ctx.input_like, negative, *ctx.geometry), result)
+        return result, None, None, None, None, None, None
+
+
+def _convolution_backward(gradient, input_like, weight, stride, padding, dilation, groups):
+    """The gradient of a convolution with respect to its input, of which only the shape is read."""
+    geometry = (stride, padding, dilation, False, (0, 0), groups)
+    return torch.ops.aten.convolution_backward(gradient, input_like, weight, None, *geometry, (True, False, False))[0]
+
+
+class AlphaOneBetaZero(TorchFunctionMode):
+    """`with AlphaOneBetaZero():` every 2-d convolution called inside is explained by the alpha1-beta0 rule.
+
+    ReLU, max-pooling (winner takes all), average pooling and concatenation need no rule: their gradient hands on c = R /
+    value as LRP wants. The network itself is not touched. Batch-norm has to be folded into its convolution before.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.conv2d:
+            return _AlphaOneBetaZero.apply(*_conv2d_arguments(*args, **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def _conv2d_arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    pair = torch.nn.modules.utils._pair
+    return input, weight, bias, pair(stride), pair(padding), pair(dilation), groups

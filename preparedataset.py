@@ -1,0 +1,429 @@
+"""Raw images and captions -> data/<name>/: vocabulary, encoded captions, splits, boxes and, on demand, cached features.
+
+    python preparedataset.py                                               # draws the embedded scenes and prepares them
+    python preparedataset.py --dataset coco2017 --root ~/coco2017          # annotations/, train2017/, val2017/
+    python preparedataset.py --dataset flickr30k --root ~/flickr30k --features vgg16      # also caches VGG16's features
+
+The datasets differ in their reader and nowhere else: a reader takes the root folder and returns a `Raw`.
+"""
+
+import argparse
+import os
+import random
+import zipfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import scenes
+from captiondata import CaptionDataset, Vocabulary, features_path, files_hash, image_transform, tokenize
+from commandline import (
+    UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_json
+)
+from encoder import build_encoder
+
+CAPTIONS_PER_IMAGE = 5
+COCO_TRAIN, COCO_VAL = 110000, 5000
+KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+IMAGE_FOLDERS = ("images", "Images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+IRREGULAR_PLURALS = {
+    "person": "people", "knife": "knives", "mouse": "mice", "sheep": "sheep", "scissors": "scissors", "skis": "skis"
+}
+
+
+@dataclass
+class Raw:
+    """What a reader returns: {split: entries as in <split>.json but without "encoded"} and what belongs to them."""
+
+    splits: dict
+    images_root: Path
+    categories: dict = field(default_factory=dict)
+    planted_pairs: list = field(default_factory=list)
+    images_unused: int = 0
+
+
+def read_coco_split(root, name):
+    """One split in COCO's layout: annotations/{captions,instances}_<name>.json and the images in <name>/.
+
+    Returns (entries sorted by image id, {category: words that mean it}, planted pairs). UserError for other JSON.
+    """
+    captions_file, instances_file = (root / "annotations" / f"{kind}_{name}.json" for kind in ("captions", "instances"))
+    captions = _read_coco_json(captions_file, "captions", {"image_id", "caption"})
+    instances = _read_coco_json(instances_file, "instances", {"image_id", "category_id", "bbox"})
+    _require_folder(root / name, "the images folder")
+    categories = {category["id"]: category for category in instances.get("categories", [])}
+    objects = defaultdict(list)
+    for annotation in instances["annotations"]:
+        if annotation["category_id"] not in categories:
+            raise UserError(f"{instances_file} uses the category {annotation['category_id']}, which it does not list")
+        objects[annotation["image_id"]].append(_coco_object(annotation, categories))
+    sentences = defaultdict(list)
+    for annotation in captions["annotations"]:
+        sentences[annotation["image_id"]].append(annotation["caption"].strip())
+    images = {image["id"]: image for image in captions["images"]}
+    stray = sorted(sentences.keys() - images.keys())
+    if stray:
+        raise UserError(f"{captions_file} has a caption of the image {stray[0]}, which it does not list")
+    entries = [_entry(key, f"{name}/{image['file_name']}", image, sentences[key], objects[key])
+               for key, image in sorted(images.items())]
+    words = {c["name"]: c.get("synonyms") or surface_words(c["name"]) for c in categories.values()}
+    return entries, words, captions.get("info", {}).get("planted_pairs", [])
+
+
+def _read_coco_json(path, kind, keys):
+    """The parsed file; UserError unless it has images of different ids and annotations that all have `keys`."""
+    data = read_json(path)
+    for part, needed in (("images", {"id", "file_name"}), ("annotations", keys)):
+        if not _all_have(data, part, needed):
+            raise UserError(f"{path} is not a COCO {kind} file: it needs '{part}' with {', '.join(sorted(needed))}")
+    _require_unique([image["id"] for image in data["images"]], path)
+    return data
+
+
+def _all_have(data, part, keys):
+    """Whether data[part] is a list of dicts that all have `keys`."""
+    items = data.get(part) if isinstance(data, dict) else None
+    return isinstance(items, list) and all(isinstance(item, dict) and keys <= item.keys() for item in items)
+
+
+def _coco_object(annotation, categories):
+    x, y, width, height = annotation["bbox"]
+    return {
+        "category": categories[annotation["category_id"]]["name"],
+        "bbox": [x, y, x + width, y + height],
+        "segmentation": annotation.get("segmentation", []),
+        "iscrowd": annotation.get("iscrowd", 0),
+        "main": bool(annotation.get("main", False)),
+    }
+
+
+def _entry(image_id, file, image, captions, objects=()):
+    size = {"width": image.get("width"), "height": image.get("height")}
+    return {"image_id": image_id, "file": file, **size, "captions": captions, "objects": list(objects)}
+
+
+def surface_words(noun):
+    """An English noun and its plural, by rule but for the irregular names among COCO's categories."""
+    if noun in IRREGULAR_PLURALS:
+        return sorted({noun, IRREGULAR_PLURALS[noun]})
+    return [noun, noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")]
+
+
+def read_scenes(root):
+    """The scenes that scenes.py drew into `root`."""
+    entries, categories, pairs = zip(*(read_coco_split(root, split) for split in ("train", "val", "test")))
+    return Raw(dict(zip(("train", "val", "test"), entries)), root, categories[0], pairs[0])
+
+
+def read_coco2017(root):
+    """COCO 2017: train2017 by ascending id, 110,000 to train and the next 5,000 to val; val2017 is the test split.
+
+    A smaller train2017 is divided in the same proportion, 22:1, with at least one image in val.
+    """
+    pool, categories, _ = read_coco_split(root, "train2017")
+    test, _, _ = read_coco_split(root, "val2017")
+    n_train, n_val = COCO_TRAIN, COCO_VAL
+    if len(pool) < COCO_TRAIN + COCO_VAL:
+        n_val = max(1, round(len(pool) * COCO_VAL / (COCO_TRAIN + COCO_VAL)))
+        n_train = len(pool) - n_val
+    splits = {"train": pool[:n_train], "val": pool[n_train:n_train + n_val], "test": test}
+    return Raw(splits, root, categories, images_unused=len(pool) - n_train - n_val)
+
+
+def read_karpathy(json_file, images_root):
+    """A dataset in Karpathy's JSON, with its own splits ("restval" counts as train). UserError for other JSON."""
+    data = read_json(json_file)
+    keys = {"filename", "imgid", "split", "sentences"}
+    if not (_all_have(data, "images", keys) and all(_all_have(x, "sentences", {"raw"}) for x in data["images"])):
+        raise UserError(f"{json_file} is not in Karpathy's format: it needs 'images' with {', '.join(sorted(keys))}")
+    _require_unique([image["imgid"] for image in data["images"]], json_file)
+    splits = defaultdict(list)
+    for image in data["images"]:
+        if image["split"] not in KARPATHY_SPLITS:
+            raise UserError(f"{json_file} has a split '{image['split']}'; known are {', '.join(KARPATHY_SPLITS)}")
+        captions = [sentence["raw"].strip() for sentence in image["sentences"]]
+        splits[KARPATHY_SPLITS[image["split"]]].append(_entry(image["imgid"], image["filename"], image, captions))
+    return Raw(dict(splits), images_root)
+
+
+def read_flickr(name, root):
+    """Flickr8k or Flickr30k: dataset_<name>.json and a folder of images in `root`."""
+    folder = next((root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir()), None)
+    if folder is None:
+        raise UserError(f"there is no images folder in {root}; it may be called {', '.join(IMAGE_FOLDERS)}")
+    return read_karpathy(root / f"dataset_{name}.json", folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: its reader, its limits (original_spec: words seen less often are <unk>), what its root must hold."""
+
+    read: Callable
+    min_word_freq: int
+    max_length: int
+    layout: str
+
+
+SOURCES = {
+    "scenes": Source(read_scenes, 3, 30, "nothing, it is drawn"),
+    "coco2017": Source(read_coco2017, 4, 30, "annotations/, train2017/ and val2017/"),
+    "flickr30k": Source(lambda root: read_flickr("flickr30k", root), 3, 50, "dataset_flickr30k.json and images/"),
+    "flickr8k": Source(lambda root: read_flickr("flickr8k", root), 3, 50, "dataset_flickr8k.json and images/"),
+}
+
+
+def encode_captions(splits, min_word_freq, max_length, seed):
+    """Build the vocabulary on all training captions and encode five captions an image (sampled, or some repeated).
+
+    Returns (vocabulary, {split: entries with "encoded"}, {split: counts of what was read and dropped}). A caption that
+    is empty or longer than `max_length` words is not encoded; the long ones remain among the raw references.
+    """
+    vocabulary = Vocabulary.build((tokenize(c) for entry in splits["train"] for c in entry["captions"]), min_word_freq)
+    generator, kept, summary = random.Random(seed), {}, {}
+    for split, entries in splits.items():
+        counts = Counter(images_read=len(entries), captions_read=sum(len(entry["captions"]) for entry in entries))
+        kept[split] = [e for e in (_encode(e, vocabulary, max_length, generator, counts) for e in entries) if e]
+        if not kept[split]:
+            raise UserError(f"split '{split}' is empty: {len(entries)} images, no caption of 1 to {max_length} words")
+        summary[split] = dict(counts)
+    return vocabulary, kept, summary
+
+
+def _encode(entry, vocabulary, max_length, generator, counts):
+    """`entry` with its encoded captions, or None if no caption is left; adds to `counts` what is dropped."""
+    tokens = {caption: tokenize(caption) for caption in entry["captions"]}
+    raw = [caption for caption in entry["captions"] if tokens[caption]]
+    usable = [tokens[caption] for caption in raw if len(tokens[caption]) <= max_length]
+    counts["captions_dropped_empty"] += len(entry["captions"]) - len(raw)
+    counts["captions_dropped_too_long"] += len(raw) - len(usable)
+    counts["images_dropped_without_caption"] += not usable
+    if not usable:
+        return None
+    if len(usable) > CAPTIONS_PER_IMAGE:
+        usable = generator.sample(usable, CAPTIONS_PER_IMAGE)
+    repeats = generator.choices(usable, k=CAPTIONS_PER_IMAGE - len(usable))
+    return {**entry, "captions": raw, "encoded": [vocabulary.encode(words) for words in usable + repeats]}
+
+
+def require_images(images_root, splits):
+    """UserError unless the file of every entry exists; reads width and height from it where the entry lacks them."""
+    entries = [entry for split in splits.values() for entry in split]
+    missing = [entry["file"] for entry in entries if not (images_root / entry["file"]).is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(entries)} images are missing, the first is {images_root / missing[0]}")
+    for entry in entries:
+        if not entry["width"] or not entry["height"]:
+            entry["width"], entry["height"] = _image_size(images_root / entry["file"])
+
+
+def _image_size(path):
+    """(width, height) in pixels as `load_image` returns it, that is after EXIF rotation; reads the header only."""
+    try:
+        with Image.open(path) as image:
+            sideways = image.getexif().get(0x0112, 1) >= 5  # 0x0112: orientation
+            return image.size[::-1] if sideways else image.size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image ({error})") from None
+
+
+def prepare(name, root, output, min_word_freq=None, max_length=None, seed=0):
+    """Read the dataset `name` in the folder `root` and write all but the feature cache into `output`; returns its info.
+
+    Everything is checked before anything is written; info.json is written last. Raises UserError.
+    """
+    source, root, output = SOURCES[name], Path(root), Path(output)
+    min_word_freq, max_length = min_word_freq or source.min_word_freq, max_length or source.max_length
+    _require_folder(root, f"the root of {name}, which holds {source.layout}")
+    raw = source.read(root)
+    for split in ("train", "val"):
+        if not raw.splits.get(split):
+            raise UserError(f"split '{split}' is empty: {root} lists no images for it")
+    vocabulary, splits, summary = encode_captions(raw.splits, min_word_freq, max_length, seed)
+    require_images(raw.images_root, splits)
+    inside = raw.images_root.resolve().is_relative_to(output.resolve())
+    images_root = os.path.relpath(raw.images_root, output) if inside else str(raw.images_root.resolve())
+    info = {
+        "name": name,
+        "images_root": images_root,
+        "min_word_freq": min_word_freq,
+        "max_length": max(len(ids) for entries in splits.values() for entry in entries for ids in entry["encoded"]),
+        "splits": {split: len(entries) for split, entries in splits.items()},
+        "categories": raw.categories,
+        "planted_pairs": raw.planted_pairs,
+        "summary": {**summary, "images_unused": raw.images_unused, "vocabulary": len(vocabulary)},
+        "command": provenance()["command"],
+        "seed": seed,
+    }
+    _write(output, vocabulary, splits, info)
+    return info
+
+
+def _write(output, vocabulary, splits, info):
+    """Write the dataset; while its files may disagree there is no info.json, which stands for a complete one."""
+    (output / "info.json").unlink(missing_ok=True)
+    for split in {"train", "val", "test"} - splits.keys():
+        (output / f"{split}.json").unlink(missing_ok=True)
+    vocabulary.save(output / "vocabulary.json")
+    for split, entries in splits.items():
+        write_json(output / f"{split}.json", entries, indent=None)
+    write_json(output / "info.json", info)
+
+
+def draw_scenes(root, output, **parameters):
+    """Draw the scenes into `root`, unless they are there, drawn by this very scenes.py with the same parameters.
+
+    What was prepared in `output` from other drawings, feature caches included, is removed.
+    """
+    if root.exists():
+        _require_folder(root, "where the scenes are drawn")
+    record, wanted = root / "drawn.json", {**parameters, "scenes.py": file_hash(scenes.__file__)}
+    if record.exists() and read_json(record) == wanted:
+        return
+    scenes.check({split: parameters[split] for split in scenes.SPLITS}, parameters["size"],
+                 {"train": parameters["bias"], "test": parameters["test_bias"]}, workers=None)  # before anything goes
+    for stale in (record, output / "info.json", *output.glob("features-*.h5")):
+        stale.unlink(missing_ok=True)
+    scenes.write_scenes(root, **parameters)
+    write_json(record, wanted)
+
+
+def _require_folder(path, what):
+    if path.is_file():
+        hint = "a zip file; unpack it and give the folder" if zipfile.is_zipfile(path) else "a file, not a folder"
+        raise UserError(f"{path} ({what}) is {hint}")
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path} ({what})")
+
+
+def _require_unique(ids, path):
+    doubled = [key for key, count in Counter(ids).items() if count > 1]
+    if doubled:
+        raise UserError(f"{path} lists the image id {doubled[0]} more than once ({len(doubled)} such ids)")
+
+
+def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu"):
+    """Write the features of all images to features-<encoder.name>.h5 in `folder`, float16 (n, L, D) a split.
+
+    Goes on where an interrupted run stopped. UserError if the file was made with other weights or for other images.
+    """
+    path, stamp = features_path(folder, encoder.name), _stamp(encoder)
+    encoder = encoder.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
+    for split in read_json(Path(folder) / "info.json")["splits"]:
+        dataset = CaptionDataset(folder, split, image_transform(encoder.image_size))
+        with _opened(path) as file:
+            done = _claim(file, stamp, dataset, encoder, path)
+        todo = Subset(dataset, np.flatnonzero(~done).tolist())
+        loader = DataLoader(todo, batch_size, num_workers=min(workers, len(todo)))
+        for indices, features in _encode_batches(encoder, loader, device, split):
+            with _opened(path) as file:
+                file[split][indices] = features
+                file.flush()
+                file[f"{split}_done"][indices] = True  # a row counts only after it is on disk
+
+
+def _opened(path):
+    """The cache, for one step only: a worker forked while it is open would hold its lock for as long as it lives."""
+    try:
+        return h5py.File(path, "a")
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error}); wait if another run writes it, else delete it") from None
+
+
+def _stamp(encoder):
+    return {"encoder": encoder.name, "weights_hash": encoder.weights_hash(), "image_size": encoder.image_size}
+
+
+def _claim(file, stamp, dataset, encoder, path):
+    """Make what the cache lacks for a split; UserError if it is another encoder's. Returns which rows are done (n,)."""
+    for key, value in stamp.items():
+        if file.attrs.get(key, value) != value:
+            raise UserError(f"{path} was made with {key} {file.attrs[key]}, not {value}; delete it to make it anew")
+    file.attrs.update({**stamp, "grid": encoder.grid})
+    split, files = dataset.split, files_hash(dataset.entries)
+    if split not in file:
+        regions = encoder.grid[0] * encoder.grid[1], encoder.out_channels
+        file.create_dataset(f"{split}_done", (len(dataset),), bool)
+        rows = file.create_dataset(split, (len(dataset), *regions), np.float16, chunks=(1, *regions))
+        rows.attrs["files_hash"] = files
+    if file[split].attrs.get("files_hash") != files:
+        raise UserError(f"{path} was made for other images of split '{split}'; delete it to make it anew")
+    return file[f"{split}_done"][:]
+
+
+def _encode_batches(encoder, loader, device, split):
+    """Yield (indices (B,), features (B, L, D) float16), NumPy arrays, with a progress bar."""
+    try:
+        with tqdm(total=len(loader.dataset), desc=split, unit="image") as bar:
+            for images, _, indices in loader:
+                with torch.inference_mode():
+                    features = encoder(images.to(device, memory_format=torch.channels_last)).half().cpu().numpy()
+                yield indices.numpy(), features
+                bar.update(len(indices))
+    except UserError as error:  # a DataLoader worker wraps the message in its traceback
+        raise UserError(str(error).splitlines()[-1].removeprefix("commandline.UserError: ")) from None
+
+
+def _count(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def parse_arguments(argv=None):
+    """The command line, see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=SOURCES, default="scenes", help="what to prepare (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="folder of the raw dataset (default for scenes: the output folder)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: data/DATASET)")
+    parser.add_argument("--min_word_freq", type=_count, metavar="N",
+                        help="occurrences in the train captions that a word needs (default: 3, coco2017 4)")
+    parser.add_argument("--max_length", type=_count, metavar="N",
+                        help="words of the longest caption that is kept (default: Flickr 50, coco2017 and scenes 30)")
+    parser.add_argument("--features", metavar="ENCODER",
+                        help="also cache the features of this encoder, e.g. vgg16 (default: none)")
+    parser.add_argument("--encoder_weights", metavar="FILE",
+                        help="torchvision state dict for --features, or 'random' (default: ImageNet's, downloaded)")
+    parser.add_argument("--batch_size", type=_count, default=32, help="images a step of --features (default: 32)")
+    parser.add_argument("--workers", type=_count, default=2, help="processes that decode images (default: %(default)s)")
+    group = parser.add_argument_group("scenes only")
+    group.add_argument("--train", type=_count, default=5000, help="images to draw for train (default: %(default)s)")
+    group.add_argument("--val", type=_count, default=500, help="images to draw for val (default: %(default)s)")
+    group.add_argument("--test", type=_count, default=500, help="images to draw for test (default: %(default)s)")
+    group.add_argument("--image_size", type=_count, default=128, help="side of a scene in pixels (default: 128)")
+    group.add_argument("--bias", type=float, default=0.95,
+                       help="probability in train that a planted pair's second object joins the first (default: 0.95)")
+    group.add_argument("--test_bias", type=float, default=0.3, help="the same in val and test (default: %(default)s)")
+    add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_arguments()
+    output = args.output or Path("data") / args.dataset
+    root = args.root or output
+    if args.dataset == "scenes":
+        draw_scenes(root, output, train=args.train, val=args.val, test=args.test, size=args.image_size,
+                    bias=args.bias, test_bias=args.test_bias, seed=args.seed)
+    elif not args.root:
+        raise UserError(f"--dataset {args.dataset} needs --root, the folder with {SOURCES[args.dataset].layout}")
+    info = prepare(args.dataset, root, output, args.min_word_freq, args.max_length, args.seed)
+    for name, counts in info["summary"].items():
+        print(f"{name}: {counts if isinstance(counts, int) else ', '.join(f'{k} {v}' for k, v in counts.items())}")
+    print(f"{output} is ready: {', '.join(f'{split} {n}' for split, n in info['splits'].items())} images")
+    if args.features:
+        set_seed(args.seed)
+        encoder = build_encoder(args.features, args.encoder_weights)
+        cache_features(output, encoder, args.batch_size, args.workers, choose_device(args.device))
+
+
+if __name__ == "__main__":
+    run(main)

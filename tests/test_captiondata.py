@@ -1,0 +1,191 @@
+"""captiondata: images of every kind become upright RGB, words round-trip, a prepared dataset is read item by item."""
+
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from captiondata import CaptionDataset, Vocabulary, features_path, files_hash, image_transform, load_image, tokenize
+from commandline import UserError, write_json
+
+RED = (255, 0, 0)
+
+
+def prepared(folder, n=4, side=12):
+    """A prepared dataset of `n` train images, image k of the grey value 40 k."""
+    (folder / "images").mkdir(parents=True)
+    entries = []
+    for k in range(n):
+        Image.new("RGB", (side, side), (40 * k,) * 3).save(folder / "images" / f"{k}.png")
+        captions = [f"caption {c} of {k}" for c in range(5)]
+        entries.append({"image_id": k, "file": f"{k}.png", "width": side, "height": side, "captions": captions,
+                        "encoded": [[1], [1, 2], [2], [2, 1, 1], [1]], "objects": []})
+    Vocabulary(["<pad>", "a", "dog", "<unk>", "<start>", "<end>"]).save(folder / "vocabulary.json")
+    write_json(folder / "train.json", entries)
+    write_json(folder / "info.json", {"name": "tiny", "images_root": "images", "max_length": 3, "splits": {"train": n}})
+    return folder
+
+
+def cache(folder, split="train", done=True, files=None):
+    """A feature cache of 2 regions x 3 channels whose row k is filled with k."""
+    entries = CaptionDataset(folder, split).entries
+    with h5py.File(features_path(folder, "tiny"), "w") as file:
+        rows = np.arange(len(entries), dtype=np.float16)[:, None, None] * np.ones((1, 2, 3), np.float16)
+        file[split], file[f"{split}_done"] = rows, np.full(len(entries), done)
+        file[split].attrs["files_hash"] = files or files_hash(entries)
+        file.attrs.update({"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": (1, 2)})
+
+
+def test_tokenize_lowers_and_splits_at_punctuation():
+    assert tokenize("A man's RED hat, well-worn.") == ["a", "man", "s", "red", "hat", "well", "worn"]
+    assert tokenize(" .!? ") == []
+
+
+def test_vocabulary_keeps_first_seen_order_and_drops_rare_words():
+    vocabulary = Vocabulary.build([["the", "dog"], ["a", "dog", "the"], ["the", "cat"]], min_word_freq=2)
+    assert vocabulary.words == ["<pad>", "the", "dog", "<unk>", "<start>", "<end>"]
+    assert (vocabulary.pad, vocabulary.unk, vocabulary.start, vocabulary.end, len(vocabulary)) == (0, 3, 4, 5, 6)
+    assert "dog" in vocabulary and "cat" not in vocabulary
+
+
+def test_vocabulary_round_trip(tmp_path):
+    Vocabulary.build([["the", "dog", "sees"]], 1).save(tmp_path / "vocabulary.json")
+    vocabulary = Vocabulary.load(tmp_path / "vocabulary.json")
+    ids = vocabulary.encode(["the", "zebra", "sees"])
+    assert ids == [1, vocabulary.unk, 3]
+    framed = torch.tensor([vocabulary.start, *ids, vocabulary.end, vocabulary.pad, 2])
+    assert vocabulary.decode(framed) == ["the", "<unk>", "sees"]
+
+
+@pytest.mark.parametrize("content", [["a", "b"], {"a": 1}, []])
+def test_vocabulary_refuses_another_file(tmp_path, content):
+    write_json(tmp_path / "v.json", content)
+    with pytest.raises(UserError, match="not a vocabulary"):
+        Vocabulary.load(tmp_path / "v.json")
+
+
+def test_load_image_grey(tmp_path):
+    Image.new("L", (3, 2), 100).save(tmp_path / "x.png")
+    image = load_image(tmp_path / "x.png")
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (3, 2), (100, 100, 100))
+
+
+def test_load_image_cmyk(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "x.jpg", quality=100)
+    image = load_image(tmp_path / "x.jpg")
+    assert image.mode == "RGB" and np.allclose(image.getpixel((8, 8)), RED, atol=4)
+
+
+def test_load_image_16_bit_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 32896], [65535, 257]], np.uint16)).save(tmp_path / "x.png")
+    image = load_image(tmp_path / "x.png")
+    assert image.mode == "RGB" and np.asarray(image)[..., 0].tolist() == [[0, 128], [255, 1]]
+
+
+def test_load_image_palette_with_transparency_lies_on_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "x.png", transparency=1)
+    image = load_image(tmp_path / "x.png")
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == RED and image.getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_load_image_alpha_lies_on_white(tmp_path):
+    Image.new("RGBA", (1, 1), (0, 0, 0, 51)).save(tmp_path / "x.png")
+    assert load_image(tmp_path / "x.png").getpixel((0, 0)) == (204, 204, 204)
+
+
+def test_load_image_turns_as_exif_says(tmp_path):
+    image = Image.new("RGB", (32, 16), "blue")
+    image.paste(RED, (0, 0, 16, 16))  # red left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: left becomes top
+    image.save(tmp_path / "x.jpg", exif=exif, quality=100, subsampling=0)
+    turned = load_image(tmp_path / "x.jpg")
+    assert turned.size == (16, 32) and np.allclose(turned.getpixel((8, 8)), RED, atol=4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_load_image_names_a_truncated_file(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=f"x.{suffix} cannot be read"):
+        load_image(path)
+
+
+def test_load_image_names_what_is_no_image(tmp_path):
+    (tmp_path / "x.jpg").write_text("hello")
+    with pytest.raises(UserError, match="x.jpg cannot be read"):
+        load_image(tmp_path / "x.jpg")
+    with pytest.raises(UserError, match="there is no image .*y.jpg"):
+        load_image(tmp_path / "y.jpg")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_image(tmp_path)
+
+
+def test_image_transform_stretches_and_normalises():
+    image = Image.new("RGB", (20, 10), "blue")
+    image.paste(RED, (0, 0, 10, 10))
+    x = image_transform(8)(image)
+    assert type(x) is torch.Tensor and x.shape == (3, 8, 8) and x.dtype == torch.float32
+    red = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(x[:, 4, 0], red, atol=1e-5, rtol=0)
+
+
+def test_augmentation_mirrors_sometimes_and_only_if_asked():
+    image = Image.new("RGB", (8, 8), "blue")
+    image.paste(RED, (0, 0, 4, 8))
+    torch.manual_seed(0)
+    left_is_red = [bool(x[0, 4, 0] > x[0, 4, 7]) for x in (image_transform(8, augment=True)(image) for _ in range(20))]
+    assert any(left_is_red) and not all(left_is_red)
+    assert torch.equal(image_transform(8)(image), image_transform(8)(image))
+
+
+def test_items_of_images(tmp_path):
+    dataset = CaptionDataset(prepared(tmp_path / "d"), "train", image_transform(8))
+    x, captions, index = dataset[2]
+    assert len(dataset) == 4 and index == 2 and x.shape == (3, 8, 8)
+    assert captions.dtype == torch.long
+    assert captions.tolist() == [[4, 1, 5, 0, 0], [4, 1, 2, 5, 0], [4, 2, 5, 0, 0], [4, 2, 1, 1, 5], [4, 1, 5, 0, 0]]
+    assert dataset.image(2).getpixel((0, 0)) == (80, 80, 80)
+    assert CaptionDataset(tmp_path / "d", "train")[2][0].unique().tolist() == pytest.approx([80 / 255])
+    assert dataset.references()[3][0] == "caption 0 of 3" and dataset.info["name"] == "tiny"
+
+
+def test_items_of_features_in_workers_and_after_pickling(tmp_path):
+    cache(prepared(tmp_path / "d"))
+    dataset = CaptionDataset(tmp_path / "d", "train", features="tiny")
+    assert dataset[3][0].tolist() == [[3.0] * 3] * 2 and dataset[3][0].dtype == torch.float32
+    assert dataset.features_attributes == {"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": [1, 2]}
+    again = pickle.loads(pickle.dumps(dataset))  # although its file is open
+    assert again[1][0].tolist() == [[1.0] * 3] * 2
+    rows = torch.cat([x for x, _, _ in DataLoader(dataset, 2, num_workers=2)])
+    assert rows[:, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_unusable_caches_are_refused(tmp_path):
+    folder = prepared(tmp_path / "d")
+    with pytest.raises(UserError, match="there is no .*features-tiny.h5; run preparedataset.py --features tiny"):
+        CaptionDataset(folder, "train", features="tiny")
+    cache(folder, done=False)
+    with pytest.raises(UserError, match="incomplete for split 'train'"):
+        CaptionDataset(folder, "train", features="tiny")
+    cache(folder, files="other")
+    with pytest.raises(UserError, match="made for other images"):
+        CaptionDataset(folder, "train", features="tiny")
+    features_path(folder, "tiny").write_bytes(b"junk")
+    with pytest.raises(UserError, match="features-tiny.h5 cannot be read"):
+        CaptionDataset(folder, "train", features="tiny")
+
+
+def test_unprepared_folder_and_unknown_split(tmp_path):
+    with pytest.raises(UserError, match="not a prepared dataset"):
+        CaptionDataset(tmp_path / "none", "train")
+    with pytest.raises(UserError, match="no split 'test'; it has: train"):
+        CaptionDataset(prepared(tmp_path / "d"), "test")

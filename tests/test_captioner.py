@@ -1,0 +1,148 @@
+"""What all captioners share: batches equal single images, explaining changes nothing, checkpoints are self-contained."""
+
+import pytest
+import torch
+
+from captioner import build_captioner, CaptionerConfig, load_captioner, read_checkpoint
+from commandline import UserError
+from encoder import build_encoder
+from test_lrp_utils import random_captioner, relative_difference
+
+CAPTIONS = [["w1", "w2", "w3", "w4", "w5"], ["w7", "w7"], ["w9", "w1", "w0"]]
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return random_captioner().float()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(0xD06))
+
+
+def test_explaining_a_batch_equals_explaining_its_images_one_by_one(captioner, images):
+    together = captioner.explain(images, CAPTIONS)
+    for image, caption, ours in zip(images, CAPTIONS, together):
+        alone = captioner.explain(image[None], [caption])[0]
+        assert ours.words == alone.words == caption
+        for name in ("scores", "probabilities", "image_relevance", "region_relevance", "word_relevance", "attention", "beta"):
+            assert relative_difference(getattr(ours, name), getattr(alone, name)) < 1e-5, name
+
+
+def test_chunking_does_not_change_explanations(captioner, images, monkeypatch):
+    whole = captioner.explain(images, CAPTIONS)
+    monkeypatch.setattr("captioner.PIXELS_PER_PASS", 1)
+    for one, other in zip(whole, captioner.explain(images, CAPTIONS)):
+        assert relative_difference(one.image_relevance, other.image_relevance) < 1e-5
+
+
+def test_captioning_a_batch_equals_captioning_its_images_one_by_one(captioner, images):
+    for method in ("beam", "greedy"):
+        assert captioner.caption(images, method) == [captioner.caption(image[None], method)[0] for image in images]
+
+
+def test_an_explanation_has_the_documented_shapes(captioner, images):
+    explanation = captioner.explain(images[:1], [["w1", "w2", "w3"]])[0]
+    assert explanation.image_relevance.shape == (3, 128, 128)
+    assert explanation.region_relevance.shape == (3, 64)
+    assert explanation.word_relevance.shape == (3, 3)
+    assert explanation.attention.shape == (3, 1, 64)
+    assert explanation.beta.shape == explanation.scores.shape == (3,)
+    assert explanation.word_relevance.triu(1).abs().max() == 0 and explanation.word_relevance.diagonal().abs().min() > 0
+    torch.testing.assert_close(explanation.attention.sum(-1), torch.ones(3, 1))
+    assert explanation.image_relevance.dtype == torch.float32 and explanation.image_relevance.min() < 0
+
+
+def test_scores_and_probabilities_are_the_models(captioner, images):
+    explanation = captioner.explain(images[:1], [["w1", "w2"]])[0]
+    vocabulary = captioner.vocabulary
+    ids = vocabulary.encode(["w1", "w2"])
+    with torch.no_grad():
+        logits = captioner(captioner.encoder(images[:1]), torch.tensor([[[vocabulary.start, ids[0]]]]))[0, 0]
+    torch.testing.assert_close(explanation.scores, logits[[0, 1], ids], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(explanation.probabilities, logits.softmax(-1)[[0, 1], ids], rtol=1e-4, atol=1e-6)
+
+
+def test_explaining_does_not_change_the_model(images):
+    captioner = random_captioner().float().train()
+    captioner.encoder.eval()
+    before = {name: value.clone() for name, value in captioner.state_dict().items()}
+    modes = [module.training for module in captioner.modules()]
+    captioner.explain(images[:1], [["w1", "w2"]])
+    captioner.caption(images[:1])
+    assert all(torch.equal(before[name], value) for name, value in captioner.state_dict().items())
+    assert modes == [module.training for module in captioner.modules()]
+    assert all(parameter.grad is None for parameter in captioner.parameters())
+    assert not any(module._forward_hooks or module._backward_hooks or module._forward_pre_hooks for module in captioner.modules())
+
+
+def test_mistakes_in_explain_are_named(captioner, images):
+    with pytest.raises(UserError, match="'zebra' is not in this captioner's vocabulary"):
+        captioner.explain(images[:1], [["w1", "zebra"]])
+    with pytest.raises(UserError, match="empty caption"):
+        captioner.explain(images[:1], [[]])
+    with pytest.raises(UserError, match="no explanation method 'magic'"):
+        captioner.explain(images[:1], method="magic")
+    with pytest.raises(UserError, match="no decoding 'magic'"):
+        captioner.caption(images[:1], "magic")
+
+
+def test_a_checkpoint_is_self_contained(captioner, images, tmp_path):
+    captioner.save(tmp_path / "it.pt", about={"epoch": 3})
+    loaded = load_captioner(tmp_path / "it.pt")
+    assert read_checkpoint(tmp_path / "it.pt")["about"] == {"epoch": 3}
+    assert not loaded.training and loaded.config == captioner.config
+    assert loaded.caption(images) == captioner.caption(images)
+    assert [path.name for path in tmp_path.iterdir()] == ["it.pt"]
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    for name, message in (("text.pt", "not a checkpoint"), ("other.pt", "not a checkpoint"), ("missing.pt", "there is no checkpoint")):
+        with pytest.raises(UserError, match=message):
+            load_captioner(tmp_path / name)
+
+
+def test_an_unknown_model_type_is_named():
+    captioner = random_captioner()
+    with pytest.raises(UserError, match="no model_type 'transformer'"):
+        build_captioner(CaptionerConfig(model_type="transformer"), captioner.vocabulary, captioner.encoder)
+
+
+def test_teacher_forcing_equals_step_by_step(captioner, images):
+    captioner = captioner.double()
+    inputs = torch.randint(1, 30, (3, 2, 6))
+    with torch.no_grad():
+        features = captioner.encoder(images.double())
+        logits = captioner(features, inputs).log_softmax(-1)
+        memory = captioner.look(features)
+        state = captioner.start(memory, 2)
+        for t in range(6):
+            step, state = captioner.next_words(inputs[:, :, t], state, memory)
+            said = step.isfinite()
+            torch.testing.assert_close(step[said], logits[:, :, t][said], rtol=1e-9, atol=1e-9)
+    captioner.float()
+
+
+def test_scheduled_sampling_feeds_back_predictions(captioner, images):
+    features, inputs = captioner.encoder(images), torch.randint(1, 30, (3, 2, 8))
+    with torch.no_grad():
+        memory = captioner.look(features)
+        mixed = captioner._scheduled_inputs(memory, inputs, ss_prob=1.0)
+        predicted = captioner(features, mixed)
+    silent = [captioner.vocabulary.pad, captioner.vocabulary.start, captioner.vocabulary.unk]
+    predicted = predicted.index_fill(-1, torch.tensor(silent), -torch.inf).argmax(-1)
+    assert torch.equal(mixed[..., :3], inputs[..., :3])
+    assert torch.equal(mixed[..., 3:], predicted[..., 2:-1])
+
+
+def test_encoders_of_other_names_and_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no encoder 'alexnet'"):
+        build_encoder("alexnet")
+    with pytest.raises(UserError, match="there is no file"):
+        build_encoder("vgg16", tmp_path / "missing.pth")
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        build_encoder("vgg16", tmp_path / "wrong.pth")

@@ -1,0 +1,167 @@
+"""LRP against the slow float64 oracle (oracle_lrp.py), against zennit, and its conservation of relevance."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from captiondata import Vocabulary
+from captioner import CaptionerConfig, build_captioner
+from encoder import build_encoder
+from lrp_utils import LRP, AlphaOneBetaZero, TrueGradient, stabilize
+from oracle_lrp import encoder_lrp, gridtd_forward, gridtd_lrp
+
+
+def relative_difference(ours, truth):
+    """The largest difference as a share of the largest true value."""
+    ours, truth = (np.asarray(torch.as_tensor(value).detach()) for value in (ours, truth))
+    return np.abs(ours - truth).max() / np.abs(truth).max()
+
+
+def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, **sizes):
+    """A float64 grid-TD captioner with random weights, large enough that every nonlinearity is used."""
+    torch.manual_seed(seed)
+    vocabulary = Vocabulary(["<pad>", *(f"w{i}" for i in range(words)), "<unk>", "<start>", "<end>"])
+    config = CaptionerConfig(encoder=encoder, **{"embed_dim": 12, "hidden_dim": 16, **sizes})
+    captioner = build_captioner(config, vocabulary, build_encoder(encoder, "random")).double().eval()
+    for name, parameter in captioner.named_parameters():
+        if not name.startswith("encoder.") and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    for layer in captioner.encoder.net:
+        if isinstance(layer, nn.BatchNorm2d):  # as after training: none of its four vectors is trivial
+            for vector, low, high in ((layer.weight, 0.5, 1.5), (layer.bias, -0.5, 0.5), (layer.running_mean, -1, 1), (layer.running_var, 0.1, 2)):
+                nn.init.uniform_(vector, low, high)
+    return captioner
+
+
+def encoder_layers(encoder):
+    """The layers of a VGG-type encoder (batch-norm folded) as the oracle wants them."""
+    layers = []
+    for layer in encoder.folded().net:
+        if isinstance(layer, nn.Conv2d):
+            layers.append(("conv", layer.weight.detach().numpy(), layer.bias.detach().numpy(), layer.stride[0], layer.padding[0]))
+        elif isinstance(layer, nn.ReLU):
+            layers.append(("relu",))
+        elif isinstance(layer, nn.MaxPool2d):
+            layers.append(("maxpool", layer.kernel_size, layer.stride))
+    return layers
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.5])
+def test_lrp_of_regions_words_and_pixels_equals_the_oracle(epsilon):
+    captioner = random_captioner()
+    images = torch.randn(2, 3, 128, 128, dtype=torch.float64)
+    captions = [[3, 7, 7, 12, 5, 20], [9, 1, 4]]
+    parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
+    layers = encoder_layers(captioner.encoder)
+    for image, ids, ours in zip(images, captions, captioner._explain_chunk(images, captions, LRP(epsilon))):
+        with torch.no_grad():
+            features = captioner.encoder(image[None])[0].numpy()
+        inputs = [captioner.vocabulary.start, *ids[:-1]]
+        regions, words, scores = gridtd_lrp(parameters, features, inputs, ids, epsilon)
+        forward = gridtd_forward(parameters, features, inputs)
+        assert relative_difference(ours.scores, scores) < 1e-10
+        assert relative_difference(ours.attention[:, 0], forward["alpha"]) < 1e-10
+        assert relative_difference(ours.beta, forward["beta"]) < 1e-10
+        assert relative_difference(ours.region_relevance, regions.sum(-1)) < 1e-8
+        assert relative_difference(ours.word_relevance, words) < 1e-8
+        t = len(ids) - 1
+        maps = regions[t].T.reshape(-1, *captioner.encoder.grid)
+        pixels = encoder_lrp(layers, image.numpy(), maps)
+        assert relative_difference(ours.image_relevance[t], pixels.sum(0)) < 1e-8
+
+
+def test_float32_equals_the_float64_oracle_to_1e_5():
+    captioner = random_captioner().float()
+    image = torch.randn(1, 3, 128, 128)
+    ids = [3, 7, 7, 12, 5, 20]
+    ours = captioner.explain(image, [captioner.vocabulary.decode(ids)])[0]
+    captioner = captioner.double()
+    parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
+    with torch.no_grad():
+        features = captioner.encoder(image.double())[0].numpy()
+    regions, words, scores = gridtd_lrp(parameters, features, [captioner.vocabulary.start, *ids[:-1]], ids)
+    assert relative_difference(ours.scores, scores) < 1e-5
+    assert relative_difference(ours.word_relevance, words) < 1e-5
+    assert relative_difference(ours.region_relevance, regions.sum(-1)) < 1e-5
+
+
+def test_without_biases_and_epsilon_relevance_is_conserved():
+    captioner = random_captioner()
+    for name, parameter in captioner.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+    images = torch.randn(2, 3, 128, 128, dtype=torch.float64)
+    for explanation in captioner._explain_chunk(images, [[3, 7, 12, 5], [1, 2, 2, 8]], LRP(epsilon=0)):
+        total = explanation.region_relevance.sum(1) + explanation.word_relevance.sum(1)
+        torch.testing.assert_close(total, explanation.scores, rtol=1e-6, atol=1e-9)
+
+
+def test_encoder_relevance_is_conserved_where_no_bias_takes_part():
+    torch.manual_seed(0xBEEF)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3, bias=False), nn.ReLU()).double()
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
+    with AlphaOneBetaZero():
+        y = net(x)
+    (c,) = torch.autograd.grad(y.sum(), x)  # R = y at the top
+    torch.testing.assert_close((x * c).sum((1, 2, 3)), y.sum((1, 2, 3)), rtol=1e-9, atol=1e-9)
+
+
+def random_vgg16(size, seed):
+    """A random VGG16 to relu5_3 whose activations neither die out nor explode, in float64."""
+    torch.manual_seed(seed)
+    net = torchvision.models.vgg16().features[:-1].double().eval().requires_grad_(False)
+    for layer in net:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.uniform_(layer.bias, -0.1, 0.1)
+    return net, torch.randn(1, 3, size, size, dtype=torch.float64)
+
+
+def test_vgg16_agrees_with_zennit():
+    zennit_rules = pytest.importorskip("zennit.rules")
+    from zennit.composites import LayerMapComposite
+
+    net, image = random_vgg16(64, 0xACE)
+    rule = zennit_rules.AlphaBeta(alpha=1, beta=0, stabilizer=1e-12, zero_params="bias")
+    composite = LayerMapComposite([(nn.Conv2d, rule), (nn.ReLU, zennit_rules.Pass())])  # max-pool: its gradient, winner takes all
+    relevance = net(image) * torch.randn(512, 1, 1, dtype=torch.float64)  # of either sign; none where a unit is silent
+    theirs = image.clone().requires_grad_()
+    with composite.context(net) as explained:
+        (theirs,) = torch.autograd.grad(explained(theirs), theirs, relevance)
+    ours = image.clone().requires_grad_()
+    with AlphaOneBetaZero():
+        out = net(ours)
+    (c,) = torch.autograd.grad(out, ours, torch.where(out > 0, relevance / out, 0))
+    assert relative_difference(ours * c, theirs) < 1e-6
+
+
+def test_the_mode_leaves_the_network_as_it_was():
+    net = nn.Conv2d(3, 4, 3).double()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    (before,) = torch.autograd.grad(net(x).sum(), x)
+    with AlphaOneBetaZero():
+        inside = net(x)
+    (changed,) = torch.autograd.grad(inside.sum(), x)
+    (after,) = torch.autograd.grad(net(x).sum(), x)
+    assert torch.equal(before, after) and not torch.allclose(before, changed)
+    assert torch.equal(inside, net(x))
+
+
+def test_rules_do_not_change_the_forward_pass():
+    captioner = random_captioner()
+    features, inputs = torch.randn(2, 9, 256, dtype=torch.float64), torch.randint(1, 30, (2, 3, 5))
+    outputs = [captioner.unroll(captioner.embedding(inputs), captioner.look(features, rules), rules)[0] for rules in (TrueGradient, LRP())]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_stabilize_takes_the_sign_of_zero_as_positive():
+    z = torch.tensor([-2.0, -0.0, 0.0, 3.0])
+    assert stabilize(z, 0.5).tolist() == [-2.5, 0.5, 0.5, 3.5]
+
+
+def test_tanh_rule_at_zero_is_its_limit():
+    g = torch.tensor([0.0, 1e-30, 2.0], dtype=torch.float64, requires_grad=True)
+    (c,) = torch.autograd.grad(LRP.tanh(g).sum(), g)
+    np.testing.assert_allclose(c, [1, 1, np.tanh(2) / 2])
