@@ -102,12 +102,12 @@ class Captioner(nn.Module):
     @torch.no_grad()
     def _scheduled_inputs(self, memory, inputs, ss_prob):
         """Scheduled sampling (Bengio et al. 2015), a coin for every word; as in the original not before the fourth input."""
-        inputs = inputs.clone()
+        inputs, predicted = inputs.clone(), inputs[:, :, 0]
         state = self.start(memory, inputs.shape[1])
         for t in range(inputs.shape[2]):
             if t > 2:
-                replace = torch.rand(predicted.shape, device=inputs.device) < ss_prob  # noqa: F821 (set at t - 1)
-                inputs[:, :, t] = torch.where(replace & (inputs[:, :, t] != self.vocabulary.pad), predicted, inputs[:, :, t])
+                replace = (torch.rand(predicted.shape, device=inputs.device) < ss_prob) & (inputs[:, :, t] != self.vocabulary.pad)
+                inputs[:, :, t] = torch.where(replace, predicted, inputs[:, :, t])
             log_probabilities, state = self.next_words(inputs[:, :, t], state, memory)
             predicted = log_probabilities.argmax(-1)
         return inputs

@@ -25,7 +25,8 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        line = str(error).splitlines()[-1].removeprefix("commandline.UserError: ")  # a DataLoader worker adds its traceback
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -48,7 +48,7 @@ class EncoderSpec:
 
 
 ENCODERS = {
-    "scenes_vgg": EncoderSpec(scenes_vgg_layers, None, 256, 128, (8, 8)),
+    "scenes_vgg": EncoderSpec(scenes_vgg_layers, None, 256, 128, (8, 8), scale=5.0),
     # The paper's encoder: VGG16 up to relu5_3, that is without its last max-pool (§4).
     "vgg16": EncoderSpec(lambda: torchvision.models.vgg16().features[:-1], "vgg16", 512, 224, (14, 14)),
     "squeezenet1_1": EncoderSpec(

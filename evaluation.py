@@ -9,7 +9,6 @@ Prints a table and writes it, with the captions, as JSON.
 import argparse
 from pathlib import Path
 
-import torch
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader
@@ -128,7 +127,6 @@ def main():
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be at least 1")
     set_seed(args.seed)
-    torch.set_grad_enabled(False)
     captioner = load_captioner(args.checkpoint, choose_device(args.device))
     folder = dataset_folder(args.dataset)
     dataset = CaptionDataset(folder, args.split, image_transform(captioner.encoder.image_size))

@@ -164,7 +164,7 @@ def read_flickr(name, root):
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset: its reader, its limits (original_spec: words seen less often are <unk>), what its root must hold."""
+    """A dataset: its reader, its limits (words seen less often are <unk>), what its root must hold."""
 
     read: Callable
     min_word_freq: int
@@ -399,9 +399,9 @@ def parse_arguments(argv=None):
     group.add_argument("--val", type=_count, default=500, help="images to draw for val (default: %(default)s)")
     group.add_argument("--test", type=_count, default=500, help="images to draw for test (default: %(default)s)")
     group.add_argument("--image_size", type=_count, default=128, help="side of a scene in pixels (default: 128)")
-    group.add_argument("--bias", type=float, default=0.95,
-                       help="probability in train that a planted pair's second object joins the first (default: 0.95)")
-    group.add_argument("--test_bias", type=float, default=0.3, help="the same in val and test (default: %(default)s)")
+    group.add_argument("--bias", type=float, default=0.9,
+                       help="probability in train that a planted pair's second object joins the first (default: %(default)s)")
+    group.add_argument("--test_bias", type=float, default=0.6, help="the same in val and test (default: %(default)s)")
     add_common_flags(parser)
     return parser.parse_args(argv)
 

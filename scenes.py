@@ -1211,7 +1211,7 @@ def check(counts, size, biases, workers):
         raise UserError(f"workers must be a whole number, 1 or more, not {workers}")
 
 
-def write_scenes(folder, train=5000, val=500, test=500, size=128, bias=0.95, test_bias=0.3, seed=0, workers=None):
+def write_scenes(folder, train=5000, val=500, test=500, size=128, bias=0.9, test_bias=0.6, seed=0, workers=None):
     """Draw `train` + `val` + `test` images of `size` x `size` pixels into `folder` with their COCO annotation files.
 
     In train a main object of a planted pair has its companion with probability `bias`, in val and test with

@@ -1,0 +1,77 @@
+"""The command that explains: its files, its figure, and what it says of a user's mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from explain import explanation_figure, heat_map, overlay
+from test_lrp_utils import random_captioner
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explain")
+    random_captioner().float().save(folder / "it.pt")
+    pixels = np.random.default_rng(0xCAFE).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.jpg")
+    (folder / "broken.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:900])
+    return folder
+
+
+def explain(folder, *arguments):
+    command = [sys.executable, str(ROOT / "explain.py"), "--checkpoint", "it.pt", "--output", "out", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_it_writes_figure_maps_and_numbers(workplace):
+    done = explain(workplace, "photo.jpg", "--caption", "w1 w2 w3")
+    assert done.returncode == 0, done.stderr
+    assert "out/photo-lrp.png" in done.stdout
+    assert Image.open(workplace / "out/photo-lrp.png").size[0] > 500
+    numbers, maps = json.loads((workplace / "out/photo-lrp.json").read_text()), np.load(workplace / "out/photo-lrp.npz")
+    assert numbers["words"] == ["w1", "w2", "w3"] == maps["words"].tolist()
+    assert maps["image_relevance"].shape == (3, 128, 128) and numbers["method"] == "lrp"
+    np.testing.assert_allclose(numbers["word_relevance"], maps["word_relevance"], rtol=1e-6)
+    assert not [path for path in (workplace / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["missing.jpg"], "there is no image missing.jpg"),
+    (["broken.jpg"], "broken.jpg cannot be read as an image"),
+    (["photo.jpg", "broken.jpg"], "broken.jpg cannot be read as an image"),
+    (["photo.jpg", "--checkpoint", "photo.jpg"], "photo.jpg is not a checkpoint"),
+    (["photo.jpg", "--caption", "a zebra"], "vocabulary"),
+])  # fmt: skip
+def test_mistakes_are_one_line_exit_code_2_and_nothing_written(workplace, arguments, message):
+    done = explain(workplace, *arguments, "--output", "nothing")
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.strip().count("\n") == 0
+    assert not (workplace / "nothing").exists()
+
+
+def test_heat_maps_are_red_for_blue_against_and_white_at_zero():
+    relevance = np.zeros((60, 60), dtype=np.float32)
+    relevance[10:20, 10:20], relevance[40:50, 40:50] = 2, -2
+    colours = heat_map(relevance)
+    red, blue, zero = colours[15, 15], colours[45, 45], colours[15, 45]
+    assert red[0] > red[2] + 0.4 and blue[2] > blue[0] + 0.25
+    assert zero.min() > 0.98
+    assert heat_map(np.zeros((8, 8), dtype=np.float32)).min() > 0.98
+    assert overlay(Image.new("RGB", (30, 20)), relevance).shape == (60, 60, 3)
+
+
+@pytest.mark.parametrize("words", [1, 2, 7, 16])
+def test_a_figure_has_a_panel_for_every_word(words):
+    captioner = random_captioner().float()
+    explanation = captioner.explain(torch.zeros(1, 3, 128, 128), [[f"w{i}" for i in range(words)]])[0]
+    figure = explanation_figure(Image.new("RGB", (128, 128), "gray"), explanation)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert sum(title.startswith("w") for title in titles) == words

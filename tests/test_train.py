@@ -1,0 +1,145 @@
+"""Training: it learns, the same seed gives the same numbers, a resumed run ends where an uninterrupted one does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from captiondata import CaptionDataset
+from captioner import load_captioner, read_checkpoint
+from commandline import UserError
+from preparedataset import prepare
+from scenes import write_scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--embed_dim", "12", "--hidden_dim", "16", "--batch_size", "8", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "scenes"
+    write_scenes(folder, 24, 6, 6, workers=1)
+    prepare("scenes", folder, folder)
+    return folder
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+
+
+def weights(path):
+    return read_checkpoint(path)["state_dict"]
+
+
+def test_training_lowers_the_loss_and_writes_what_it_says(folder, tmp_path, monkeypatch):
+    output = tmp_path / "it.pt"
+    run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 3, "--pretrain_epochs", 1, "--output", output)
+    rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {"BLEU-4", "CIDEr", "seconds"} <= rows[0].keys()
+    captioner = load_captioner(output)
+    assert captioner.caption(torch.zeros(1, 3, 128, 128))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.jsonl", "it.last.pt", "it.pt"]
+
+
+def test_the_same_seed_gives_the_same_captioner(folder, tmp_path, monkeypatch):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--seed", seed, "--output", tmp_path / f"{name}.pt")
+    a, b, c = (weights(tmp_path / f"{name}.last.pt") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+def test_a_resumed_training_ends_like_an_uninterrupted_one(folder, tmp_path, monkeypatch, schedule):
+    flags = ["--dataset", folder, *SMALL, "--pretrain_epochs", 1, "--epochs", 3, "--schedule", schedule, "--finetune_encoder"]
+    run(monkeypatch, *flags, "--output", tmp_path / "whole.pt")
+    interrupted = train.train_epoch
+
+    def stop_in_the_last_epoch(*arguments):
+        if arguments[-1] == 3:
+            raise KeyboardInterrupt
+        return interrupted(*arguments)
+
+    monkeypatch.setattr(train, "train_epoch", stop_in_the_last_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "--output", tmp_path / "parts.pt")
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    run(monkeypatch, *flags, "--output", tmp_path / "parts.pt", "--resume", tmp_path / "parts.last.pt")
+    whole, parts = (weights(tmp_path / f"{name}.last.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_a_tuned_one_moves(folder, tmp_path, monkeypatch):
+    for name, flag in (("frozen", "--no-finetune_encoder"), ("tuned", "--finetune_encoder")):
+        run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, flag, "--output", tmp_path / f"{name}.pt")
+    torch.manual_seed(0)  # what a run draws first: the encoder
+    fresh = train.build_encoder("scenes_vgg").state_dict()
+    frozen, tuned = (weights(tmp_path / f"{name}.last.pt") for name in ("frozen", "tuned"))
+    assert all(torch.equal(frozen[f"encoder.{key}"], value) for key, value in fresh.items())
+    assert not torch.equal(tuned["encoder.net.0.weight"], fresh["net.0.weight"])
+    assert not torch.equal(tuned["encoder.net.1.running_mean"], fresh["net.1.running_mean"])
+
+
+def test_the_loss_leaves_padding_out():
+    logits, targets = torch.randn(2, 3, 4, 7), torch.randint(1, 7, (2, 3, 4))
+    targets[0, 0, 2:] = 0
+    mask = targets != 0
+    by_hand = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)[mask].mean()
+    torch.testing.assert_close(train.caption_loss(logits, targets, pad=0), by_hand)
+
+
+def test_a_training_batch_is_shifted_and_cut(folder):
+    captions = torch.tensor([[[8, 1, 2, 9, 0, 0], [8, 3, 9, 0, 0, 0]]])
+    inputs, targets = train.training_batch(captions, 2, pad=0)
+    assert inputs.tolist() == [[[8, 1, 2], [8, 3, 9]]]
+    assert targets.tolist() == [[[1, 2, 9], [3, 9, 0]]]
+    picked, _ = train.training_batch(captions.expand(50, 2, 6), 1, pad=0)
+    assert picked.shape[1] == 1 and len({tuple(row.tolist()) for row in picked[:, 0, :3]}) == 2
+
+
+def test_object_targets_are_the_annotated_categories(folder):
+    dataset = CaptionDataset(folder, "train")
+    names = list(dataset.info["categories"])
+    for entry, row in zip(dataset.entries, train.object_targets(dataset)):
+        assert {names[column] for column in row.nonzero().flatten()} == {thing["category"] for thing in entry["objects"]}
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "caption_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(UserError, match="the loss is nan in epoch 1, step 0"):
+        run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_of_other_weights_are_refused(folder, monkeypatch):
+    class Cached:
+        features, features_attributes = "scenes_vgg", {"weights_hash": "of others"}
+
+    with pytest.raises(UserError, match="come from other weights"):
+        train.check_cache(Cached, train.build_encoder("scenes_vgg", "random"))
+
+
+def test_presets_are_defaults_and_flags_win(monkeypatch):
+    scenes, flickr = train.parse_arguments([]), train.parse_arguments(["--dataset", "flickr30k", "--epochs", "3"])
+    assert (scenes.encoder, scenes.schedule) == ("scenes_vgg", "cosine")
+    assert (flickr.encoder, flickr.schedule, flickr.decoder_lr, flickr.epochs) == ("vgg16", "plateau", 5e-4, 3)
+    assert flickr.output == "checkpoints/flickr30k-gridtd.pt"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dataset", "nowhere"], "is not a prepared dataset"),
+    (["--resume", "README.md"], "not a checkpoint"),
+    (["--device", "cuda:99"], "cannot be used on this machine"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(folder, arguments, message):
+    flags = arguments if "--dataset" in arguments else ["--dataset", str(folder), *arguments]
+    done = subprocess.run([sys.executable, "train.py", *flags, "--pretrain_epochs", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.strip().count("\n") == 0
