@@ -8,28 +8,31 @@ For each image and method it writes NAME-METHOD.png (a figure), .npz (the releva
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageFilter
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from captiondata import image_transform, load_image, tokenize
 from captioner import METHODS, load_captioner
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_atomically, write_json
 
-COLUMNS = 5
+COLUMNS = 5  # panels in a row of the figure
+PANEL, TITLE, LABEL, WORD_LINE = 2.3, 0.45, 0.3, 0.24  # inches: a panel's side, the caption, a panel's title, a line of words
 CLIP_PERCENTILE = 99.8  # in the figure, a pixel of this percentile of |relevance| has the full colour
-BLUR = 0.008  # in the figure, a Gaussian of this share of the width joins single pixels into shapes
+BLUR = 0.012  # in the figure, a Gaussian of this share of the width joins single pixels into shapes
 COLOURS = matplotlib.colormaps["seismic"]  # blue against, white zero, red for
 
 
 def heat_map(relevance):
     """Signed relevance (H, W) -> RGB (H, W, 3) in 0..1: white at zero, red for, blue against; all white if all zero."""
-    image = Image.fromarray(relevance.astype(np.float32), mode="F")
-    smooth = np.asarray(image.filter(ImageFilter.GaussianBlur(BLUR * relevance.shape[1])))
+    sigma = BLUR * relevance.shape[1]
+    smooth = gaussian_blur(torch.from_numpy(relevance)[None], 2 * math.ceil(3 * sigma) + 1, sigma)[0].numpy()
     scale = np.percentile(np.abs(smooth), CLIP_PERCENTILE)
     return COLOURS(0.5 + 0.5 * np.clip(smooth / scale, -1, 1) if scale > 0 else np.full_like(smooth, 0.5))[..., :3]
 
@@ -44,46 +47,49 @@ def overlay(image, relevance):
 def draw_words(axes, words, relevance):
     """Preceding words as a line of text that wraps, each on a background coloured by its relevance (any unit)."""
     scale = np.abs(relevance).max() or 1.0
-    renderer = axes.figure.canvas.get_renderer()
-    x, y, line = 0.0, 0.9, 0.2
+    renderer, inverse = axes.figure.canvas.get_renderer(), axes.transAxes.inverted()
+    x, y = 0.02, 1.0
     for word, value in zip(words, relevance):
-        colour = COLOURS(0.5 + 0.42 * value / scale)
-        ink = "white" if abs(value) > 0.6 * scale else "black"
-        box = {"facecolor": colour, "edgecolor": "none", "boxstyle": "round,pad=0.22"}
-        text = axes.text(x, y, word, color=ink, fontsize=9, va="center", bbox=box)
-        extent = text.get_window_extent(renderer).transformed(axes.transAxes.inverted())
-        if extent.x1 > 1 and x > 0:
-            x, y = 0.0, y - line
+        box = {"facecolor": COLOURS(0.5 + 0.3 * value / scale), "edgecolor": "none", "boxstyle": "round,pad=0.2"}
+        ink = "white" if value < -0.5 * scale else "black"
+        text = axes.text(x, y, word, color=ink, fontsize=9, va="top", bbox=box)
+        extent = text.get_window_extent(renderer).transformed(inverse)
+        if extent.x1 > 1 and x > 0.02:
+            x, y = 0.02, y - WORD_LINE / axes.get_window_extent().height * axes.figure.dpi
             text.set_position((x, y))
         x += extent.width + 0.045
 
 
-def explanation_figure(image, explanation, title=""):
+def explanation_figure(image, explanation):
     """A matplotlib Figure: the image, then for every word its heat map over the image, with the words before it."""
     words = explanation.words
     columns = min(COLUMNS, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
-    figure = Figure(figsize=(2.3 * columns, 3.35 * rows + 0.5))
-    figure.suptitle(title or " ".join(words), fontsize=13, x=0.012, ha="left")
-    cells = figure.add_gridspec(
-        2 * rows, columns, height_ratios=[2.3, 0.85] * rows,
-        left=0.012, right=0.988, top=1 - 0.55 / (3.35 * rows + 0.5), bottom=0.01, wspace=0.06, hspace=0.1,
-    )  # fmt: skip
-    inputs = ["<start>", *words]
+    text_height = WORD_LINE * (1.5 + len(words) // 5)
+    width, height = PANEL * columns, TITLE + rows * (PANEL + text_height + LABEL)
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)  # measures text
+    figure.text(0.1 / width, 1 - 0.12 / height, " ".join(words), fontsize=13, va="top")
     for cell in range(len(words) + 1):
         row, column = divmod(cell, columns)
-        picture, text = (figure.add_subplot(cells[2 * row + part, column]) for part in (0, 1))
-        picture.set_axis_off(), text.set_axis_off()
+        left, top = column * PANEL + 0.06, TITLE + LABEL + row * (PANEL + text_height + LABEL)
+        size = PANEL - 0.12
+        picture = figure.add_axes((left / width, 1 - (top + size) / height, size / width, size / height))
+        below = figure.add_axes((left / width, 1 - (top + size + text_height) / height, size / width, (text_height - 0.1) / height))
+        picture.set_axis_off(), below.set_axis_off()
         if cell == 0:
             picture.imshow(image.resize(explanation.image_relevance.shape[:0:-1]), interpolation="lanczos")
-            picture.set_title("image", fontsize=11)
-            text.text(0, 0.9, "red: for the word\nblue: against it\nbelow: the words before it", fontsize=8.5, va="top", color="dimgrey")
-            continue
-        t = cell - 1
-        picture.imshow(overlay(image, explanation.image_relevance[t].numpy()), interpolation="lanczos")
-        picture.set_title(f"{words[t]}  {explanation.probabilities[t]:.0%}", fontsize=11, fontweight="bold")
-        draw_words(text, inputs[: t + 1], explanation.word_relevance[t, : t + 1].numpy())
+            below.text(0.02, 1, "red: for the word, blue: against it\nbelow: the words before it", fontsize=8.5, va="top", color="dimgrey")
+        else:
+            draw_word(picture, below, image, explanation, cell - 1)
     return figure
+
+
+def draw_word(picture, below, image, explanation, t):
+    """The two panels of word t: its heat map over the image, and the words before it."""
+    picture.imshow(overlay(image, explanation.image_relevance[t].numpy()), interpolation="lanczos")
+    picture.set_title(f"{explanation.words[t]}  {explanation.probabilities[t]:.0%}", fontsize=11, fontweight="bold", pad=4)
+    draw_words(below, ["<start>", *explanation.words][: t + 1], explanation.word_relevance[t, : t + 1].numpy())
 
 
 def write_explanation(stem, image, explanation, about):

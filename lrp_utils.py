@@ -93,29 +93,31 @@ class _AlphaOneBetaZero(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *geometry):
         y = F.conv2d(x, weight, bias, *geometry)
-        positive, negative = weight.clamp(min=0), weight.clamp(max=0)
-        z = F.conv2d(x.clamp(min=0), positive, None, *geometry)
-        signed = bool((x < 0).any())  # behind a ReLU no input is negative, and half of the work falls away
-        if signed:
-            z += F.conv2d(x.clamp(max=0), negative, None, *geometry)
-        ctx.save_for_backward(safe_ratio(y, z), positive, negative, x if signed else x.new_empty(0))
-        ctx.input_like, ctx.geometry = x.new_empty(1).expand(x.shape), geometry
+        ctx.signed = bool((x < 0).any())  # behind a ReLU no input is negative, and half of the work falls away
+        parts, weights = [x.clamp(min=0)], [weight.clamp(min=0)]
+        if ctx.signed:
+            parts, weights = [*parts, x.clamp(max=0)], [*weights, weight.clamp(max=0)]
+        z = sum(F.conv2d(part, weight, None, *geometry) for part, weight in zip(parts, weights))
+        ctx.save_for_backward(safe_ratio(y, z), *weights, *[x] * ctx.signed)
+        ctx.geometry, ctx.shape = geometry, x.shape
         return y
 
     @staticmethod
     def backward(ctx, gradient):
-        ratio, positive, negative, x = ctx.saved_tensors
+        ratio, positive, *rest = ctx.saved_tensors
         shared = gradient * ratio
-        result = _convolution_backward(shared, ctx.input_like, positive, *ctx.geometry)
-        if x.numel():
-            result = torch.where(x < 0, _convolution_backward(shared, ctx.input_like, negative, *ctx.geometry), result)
-        return result, None, None, None, None, None, None
+        result = _convolution_backward(shared, ctx.shape, positive, *ctx.geometry)
+        if ctx.signed:
+            negative, x = rest
+            result = torch.where(x < 0, _convolution_backward(shared, ctx.shape, negative, *ctx.geometry), result)
+        return result, *[None] * (2 + len(ctx.geometry))
 
 
-def _convolution_backward(gradient, input_like, weight, stride, padding, dilation, groups):
-    """The gradient of a convolution with respect to its input, of which only the shape is read."""
+def _convolution_backward(gradient, shape, weight, stride, padding, dilation, groups):
+    """The gradient of a convolution with respect to its input, which had the given shape."""
+    unread = weight.new_empty(1).expand(shape)  # of the input only the shape matters
     geometry = (stride, padding, dilation, False, (0, 0), groups)
-    return torch.ops.aten.convolution_backward(gradient, input_like, weight, None, *geometry, (True, False, False))[0]
+    return torch.ops.aten.convolution_backward(gradient, unread, weight, None, *geometry, (True, False, False))[0]
 
 
 class AlphaOneBetaZero(TorchFunctionMode):

@@ -3,7 +3,7 @@
 `write_scenes(folder)` makes `annotations/{captions,instances,scenes}_{train,val,test}.json` and JPEG images in
 `train/`, `val/` and `test/`; `preparedataset.py --dataset scenes` calls it. Everything that is said about an image is
 exact, for captions and masks come from the same description as the picture. A language habit is planted: six
-categories as main object nearly always bring a small companion in train (`bias`) and rarely in val and test
+categories as main object nearly always bring a small companion in train (`bias`) and less often in val and test
 (`test_bias`), so a captioner that guesses from habit says things that are not there.
 
 Objects and backdrops are data: lines of `kind colour numbers` (see `parse`), one drawing for a pose, 100 units high.

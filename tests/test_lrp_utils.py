@@ -27,7 +27,7 @@ def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, **sizes):
     captioner = build_captioner(config, vocabulary, build_encoder(encoder, "random")).double().eval()
     for name, parameter in captioner.named_parameters():
         if not name.startswith("encoder.") and parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.4)
+            nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     for layer in captioner.encoder.net:
         if isinstance(layer, nn.BatchNorm2d):  # as after training: none of its four vectors is trivial
             for vector, low, high in ((layer.weight, 0.5, 1.5), (layer.bias, -0.5, 0.5), (layer.running_mean, -1, 1), (layer.running_var, 0.1, 2)):
