@@ -93,6 +93,7 @@ BENCHMARKS = {"explain": bench_explain}
 
 
 def main():
+    """Measure what was asked for and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*BENCHMARKS, "all"), help="what to measure")
     parser.add_argument("--repeats", type=int, default=5, help="counted calls of everything (default: %(default)s)")

@@ -118,6 +118,11 @@ def features_path(folder, encoder):
     return Path(folder) / f"features-{encoder}.h5"
 
 
+def encoder_path(folder, encoder):
+    """Where the weights of the encoder that made the cached features lie (a state dict)."""
+    return Path(folder) / f"encoder-{encoder}.pt"
+
+
 def files_hash(entries):
     """16 hex digits that tell one list of images from another, so that rows of a cache are never misattributed."""
     return hashlib.sha256("\n".join(entry["file"] for entry in entries).encode()).hexdigest()[:16]

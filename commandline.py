@@ -19,14 +19,16 @@ import torch
 class UserError(Exception):
     """Something the user can mend; the message is one line that says what is wrong and what to do."""
 
+    def __str__(self):
+        return super().__str__().splitlines()[-1].removeprefix("commandline.UserError: ")  # a DataLoader worker adds its traceback
+
 
 def run(main):
     """Call `main()`; print a UserError as one line on stderr and exit with 2, an interruption with 130."""
     try:
         main()
     except UserError as error:
-        line = str(error).splitlines()[-1].removeprefix("commandline.UserError: ")  # a DataLoader worker adds its traceback
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -97,7 +97,7 @@ def build_encoder(name, weights=None):
     """The encoder called `name`, in eval mode and frozen.
 
     weights: None (torchvision's ImageNet weights, or random for an encoder that has none), "random", or the file of a
-    state dict of torchvision's whole network. Raises UserError for an unknown name, or weights that cannot be had.
+    state dict, of torchvision's whole network or of an Encoder. Raises UserError for an unknown name, or weights that cannot be had.
     """
     if name not in ENCODERS:
         raise UserError(f"there is no encoder '{name}'; choose from {', '.join(ENCODERS)}")
@@ -134,9 +134,9 @@ def _read_state_dict(path):
 
 
 def _load_features(net, state_dict, source):
-    """Load the `features.*` entries of a torchvision state dict into `net`; UserError if they are another network's."""
-    features = {key.removeprefix("features."): value.float() for key, value in state_dict.items() if key.startswith("features.")}
+    """Load torchvision's `features.*` or an Encoder's own `net.*` into `net`; UserError if they are another network's."""
+    values = {key.partition(".")[2]: value for key, value in state_dict.items() if key.startswith(("features.", "net."))}
     try:
-        net.load_state_dict({key: features[key] for key in net.state_dict()})
+        net.load_state_dict({key: values[key] for key in net.state_dict()})
     except (KeyError, RuntimeError):
         raise UserError(f"{source} does not hold the weights of this encoder") from None

@@ -102,6 +102,7 @@ def decode_split(captioner, dataset, batch_size=64, workers=2, **decoding):
 
 
 def build_parser():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
     parser.add_argument("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
@@ -123,6 +124,7 @@ def dataset_folder(name):
 
 
 def main():
+    """Caption a split, measure, print and write."""
     args = build_parser().parse_args()
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be at least 1")

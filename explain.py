@@ -107,6 +107,7 @@ def write_explanation(stem, image, explanation, about):
 
 
 def build_parser():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
@@ -119,6 +120,7 @@ def build_parser():
 
 
 def main():
+    """Caption the images if need be, explain, and write."""
     args = build_parser().parse_args()
     if args.beam_size < 1:
         raise UserError("--beam_size must be at least 1")

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import scenes
-from captiondata import CaptionDataset, Vocabulary, features_path, files_hash, image_transform, tokenize
+from captiondata import CaptionDataset, Vocabulary, encoder_path, features_path, files_hash, image_transform, tokenize
 from commandline import (
-    UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_json
+    UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
 )
 from encoder import build_encoder
 
@@ -310,7 +310,8 @@ def _require_unique(ids, path):
 
 
 def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu"):
-    """Write the features of all images to features-<encoder.name>.h5 in `folder`, float16 (n, L, D) a split.
+    """Write the features of all images to features-<encoder.name>.h5 in `folder`, float16 (n, L, D) a split, and the
+    encoder's weights beside them, so that training knows them.
 
     Goes on where an interrupted run stopped. UserError if the file was made with other weights or for other images.
     """
@@ -320,6 +321,8 @@ def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu"):
         dataset = CaptionDataset(folder, split, image_transform(encoder.image_size))
         with _opened(path) as file:
             done = _claim(file, stamp, dataset, encoder, path)
+        with write_atomically(encoder_path(folder, encoder.name)) as temporary:
+            torch.save(encoder.state_dict(), temporary)
         todo = Subset(dataset, np.flatnonzero(~done).tolist())
         loader = DataLoader(todo, batch_size, num_workers=min(workers, len(todo)))
         for indices, features in _encode_batches(encoder, loader, device, split):
@@ -360,15 +363,12 @@ def _claim(file, stamp, dataset, encoder, path):
 
 def _encode_batches(encoder, loader, device, split):
     """Yield (indices (B,), features (B, L, D) float16), NumPy arrays, with a progress bar."""
-    try:
-        with tqdm(total=len(loader.dataset), desc=split, unit="image") as bar:
-            for images, _, indices in loader:
-                with torch.inference_mode():
-                    features = encoder(images.to(device, memory_format=torch.channels_last)).half().cpu().numpy()
-                yield indices.numpy(), features
-                bar.update(len(indices))
-    except UserError as error:  # a DataLoader worker wraps the message in its traceback
-        raise UserError(str(error).splitlines()[-1].removeprefix("commandline.UserError: ")) from None
+    with tqdm(total=len(loader.dataset), desc=split, unit="image") as bar:
+        for images, _, indices in loader:
+            with torch.inference_mode():
+                features = encoder(images.to(device, memory_format=torch.channels_last)).half().cpu().numpy()
+            yield indices.numpy(), features
+            bar.update(len(indices))
 
 
 def _count(text):
@@ -407,6 +407,7 @@ def parse_arguments(argv=None):
 
 
 def main():
+    """Draw if need be, prepare, and cache features if asked to."""
     args = parse_arguments()
     output = args.output or Path("data") / args.dataset
     root = args.root or output

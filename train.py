@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from captiondata import CaptionDataset, features_path, image_transform
+from captiondata import CaptionDataset, encoder_path, features_path, image_transform
 from captioner import CaptionerConfig, build_captioner, evaluating, read_checkpoint
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed
 from encoder import ENCODERS, build_encoder
@@ -212,13 +212,14 @@ def restore(checkpoint, captioner, optimizer, scheduler):
 
 
 def build_parser(preset):
+    """The command line, with the defaults of a preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
     flag("--preset", choices=PRESETS, help="a set of defaults (default: scenes for the scenes, else paper)")
     flag("--model_type", default="gridtd", choices=("gridtd",), help="the captioner (default: %(default)s)")
     flag("--encoder", choices=ENCODERS, help="the image encoder (default: %(default)s)")
-    flag("--encoder_weights", help="file of a torchvision state dict, or 'random' (default: ImageNet weights where there are some)")
+    flag("--encoder_weights", help="state dict file, or 'random' (default: those of the cached features, else ImageNet's where there are some)")
     flag("--embed_dim", type=int, help="word embedding dimensions (default: %(default)s)")
     flag("--hidden_dim", type=int, help="LSTM and attention dimensions (default: %(default)s)")
     flag("--dropout", type=float, help="dropout probability before the last layer (default: %(default)s)")
@@ -256,12 +257,16 @@ def parse_arguments(arguments=None):
 
 
 def main():
+    """Read the data, build or pretrain the encoder, and train."""
     args = parse_arguments()
     device = choose_device(args.device)
     set_seed(args.seed)
     folder = dataset_folder(args.dataset)
     train_set, val_set = load_datasets(args, folder, ENCODERS[args.encoder].image_size)
-    encoder = build_encoder(args.encoder, args.encoder_weights).to(memory_format=torch.channels_last)
+    weights = args.encoder_weights
+    if train_set.features and weights is None:
+        weights = encoder_path(folder, args.encoder)
+    encoder = build_encoder(args.encoder, weights).to(memory_format=torch.channels_last)
     check_cache(train_set, encoder)
     if args.pretrain_epochs and not args.resume and not train_set.features:
         pretrain_encoder(encoder.requires_grad_(True), train_set, args, device)

@@ -1,6 +1,7 @@
 """Training: it learns, the same seed gives the same numbers, a resumed run ends where an uninterrupted one does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import train
 from captiondata import CaptionDataset
 from captioner import load_captioner, read_checkpoint
 from commandline import UserError
-from preparedataset import prepare
+from preparedataset import cache_features, prepare
 from scenes import write_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +125,17 @@ def test_features_of_other_weights_are_refused(folder, monkeypatch):
 
     with pytest.raises(UserError, match="come from other weights"):
         train.check_cache(Cached, train.build_encoder("scenes_vgg", "random"))
+
+
+def test_training_on_cached_features_takes_the_encoder_that_made_them(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "scenes")
+    torch.manual_seed(5)
+    encoder = train.build_encoder("scenes_vgg", "random")
+    cache_features(copy, encoder, workers=0)
+    shutil.rmtree(copy / "train")  # the images are not needed any more
+    run(monkeypatch, "--dataset", copy, *SMALL, "--epochs", 1, "--output", tmp_path / "it.pt")
+    trained = load_captioner(tmp_path / "it.pt").encoder
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in encoder.state_dict().items())
 
 
 def test_presets_are_defaults_and_flags_win(monkeypatch):
