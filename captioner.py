@@ -8,8 +8,9 @@ A model defines `look(features, rules)`, `start(memory, n)`, `word_inputs(embedd
 memory, rules)`; the same forward serves training, decoding, gradients and LRP, which differ in `rules` (lrp_utils.py).
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Callable
 
 import torch
 from torch import nn
@@ -18,21 +19,46 @@ from captiondata import Vocabulary
 from commandline import UserError, write_atomically
 from decoding import DECODERS
 from encoder import ENCODERS, Encoder
+from gradient_utils import GuidedReLU, attention_map, grad_cam, gradient, guided_grad_cam, input_x_gradient
 from lrp_utils import LRP, AlphaOneBetaZero, TrueGradient
 
-METHODS = ("lrp",)  # what `explain` can do
 IMAGES_PER_BATCH = 64  # when captioning
 PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
 
 
+@dataclass(frozen=True)
+class Method:
+    """An explanation: the decoder's rules, what changes the encoder for its time, and what is made of the gradients."""
+
+    rules: Callable  # () -> the decoder's rules
+    encoder: Callable  # () -> a context manager
+    relevance: Callable
+    pixels: bool = True  # whether the gradient has to go through the encoder
+
+
+METHODS = {
+    "lrp": Method(LRP, AlphaOneBetaZero, input_x_gradient),
+    "gradcam": Method(TrueGradient, nullcontext, grad_cam, pixels=False),
+    "guided_gradcam": Method(TrueGradient, GuidedReLU, guided_grad_cam),
+    "guided_backprop": Method(TrueGradient, GuidedReLU, gradient),
+    "gradient": Method(TrueGradient, nullcontext, gradient),
+    "input_x_gradient": Method(TrueGradient, nullcontext, input_x_gradient),
+    "attention": Method(TrueGradient, nullcontext, attention_map, pixels=False),
+}
+
+
 @dataclass
 class CaptionerConfig:
-    """The sizes of a captioner, saved in its checkpoint. `max_length` is the longest caption it may say, in words."""
+    """The sizes of a captioner, saved in its checkpoint.
+
+    num_head: attention heads of the multi-head captioner; max_length: the longest caption it may say, in words.
+    """
 
     model_type: str = "gridtd"
     encoder: str = "vgg16"
     embed_dim: int = 512
     hidden_dim: int = 512
+    num_head: int = 8
     dropout: float = 0.5
     max_length: int = 20
 
@@ -60,6 +86,18 @@ class Explanation:
     beta: torch.Tensor | None
 
 
+def lstm_cell(gates, cell, rules):
+    """One LSTM update from pre-activations `gates` (..., 4H), in PyTorch's order i, f, g, o.
+
+    Returns the new cell m (..., H), tanh(m) and the output gate. For LRP the gates are constants, the candidate g and the
+    sum i*tanh(g) + f*m are epsilon-rule sites (Arras et al. 2017).
+    """
+    i, f, g, o = gates.chunk(4, dim=-1)
+    i, f, o = (rules.constant(torch.sigmoid(gate)) for gate in (i, f, o))
+    cell = rules.epsilon(i * rules.tanh(rules.epsilon(g)) + f * cell)
+    return cell, rules.tanh(cell), o
+
+
 class Captioner(nn.Module):
     """An encoder, a word embedding, the projection of the regions and the last layer; models add what lies between."""
 
@@ -75,19 +113,23 @@ class Captioner(nn.Module):
     def device(self):
         return self.fc.weight.device
 
+    def zeros(self, memory, captions):
+        """A hidden state or memory cell before the first word: (B, N, H)."""
+        return self.fc.weight.new_zeros(len(memory["regions"]), captions, self.config.hidden_dim)
+
     def decoder_parameters(self):
         """All parameters but the encoder's."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")]
 
     def unroll(self, embeddings, memory, rules=TrueGradient):
         """Teacher forcing: embeddings (B, N, T, E) of the inputs -> outputs (B, N, T, H) before the last layer,
-        attention (B, N, T, heads, L), beta (B, N, T)."""
+        attention (B, N, T, heads, L), beta (B, N, T) or None for a captioner without a sentinel."""
         state = self.start(memory, embeddings.shape[1])
         steps = []
         for word_input in self.word_inputs(embeddings, memory).unbind(dim=2):
             output, state, *attention = self.step(word_input, state, memory, rules)
             steps.append((output, *attention))
-        return tuple(torch.stack(parts, dim=2) for parts in zip(*steps))
+        return tuple(None if parts[0] is None else torch.stack(parts, dim=2) for parts in zip(*steps))
 
     def forward(self, features, inputs, ss_prob=0.0):
         """features (B, L, D), inputs (B, N, T) word ids, N captions an image -> logits (B, N, T, V) of the next words.
@@ -153,10 +195,10 @@ class Captioner(nn.Module):
             raise UserError(f"there is no explanation method '{method}'; choose from {', '.join(METHODS)}")
         captions = self.caption(images) if captions is None else captions
         ids = [self._explainable_ids(words) for words in captions]
-        explanations = []
+        encoder, explanations = self.encoder.folded(), []
         for chunk in self._chunks(images, ids):
             with evaluating(self):
-                explanations += self._explain_chunk(images[chunk].to(self.device), ids[chunk], LRP())
+                explanations += self._explain_chunk(images[chunk].to(self.device), ids[chunk], METHODS[method], encoder)
         return explanations
 
     def _explainable_ids(self, words):
@@ -173,41 +215,44 @@ class Captioner(nn.Module):
         size = max(1, PIXELS_PER_PASS // (longest * images[0, 0].numel())) if len(images) else 1
         return [slice(first, first + size) for first in range(0, len(images), size)]
 
-    def _explain_chunk(self, images, ids, rules):
+    def _explain_chunk(self, images, ids, method, encoder):
         """All words of all these images by one forward and one backward with T gradients an image."""
         inputs, targets = self._padded(ids)
-        images = images.detach().requires_grad_()
+        images, rules = images.detach().requires_grad_(method.pixels), method.rules()
         with torch.enable_grad():
-            with AlphaOneBetaZero():
-                features = self.encoder.folded()(images)
+            with method.encoder():
+                features = encoder(images)
+            features = features if method.pixels else features.detach().requires_grad_()
             embeddings = self.embedding(inputs).detach().requires_grad_()
             outputs, attention, beta = self.unroll(embeddings.unsqueeze(1), self.look(features, rules), rules)
             outputs = outputs.squeeze(1)  # (B, T, H)
             scores = rules.epsilon((outputs * self.fc.weight[targets]).sum(-1) + self.fc.bias[targets])
-        words = targets.shape[1]
-        seeds = torch.eye(words).to(scores).unsqueeze(1).expand(-1, len(ids), -1)  # (T, B, T): gradient t is of word t
         leaves = (images, features, embeddings)
-        gradients = torch.autograd.grad(scores, leaves, seeds, is_grads_batched=True)
+        gradients = self._word_gradients(scores, leaves)
         with torch.no_grad():
-            pixels, regions, preceding = (leaf * gradient for leaf, gradient in zip(leaves, gradients))
+            attention = attention.squeeze(1)  # (B, T, heads, L)
+            maps = method.relevance(leaves, gradients, attention.transpose(0, 1), encoder.grid)
+            batch = dict(zip(("image_relevance", "region_relevance", "word_relevance"), (part.transpose(0, 1) for part in maps)))
             probabilities = self.fc(outputs).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            batch = {
-                "scores": scores,
-                "probabilities": probabilities,
-                "image_relevance": pixels.sum(2).transpose(0, 1),
-                "region_relevance": regions.sum(-1).transpose(0, 1),
-                "word_relevance": preceding.sum(-1).transpose(0, 1),
-                "attention": attention.squeeze(1),
-                "beta": beta.squeeze(1),
-            }
-        return [self._explanation(row, caption, batch) for row, caption in enumerate(ids)]
+            batch |= {"scores": scores, "probabilities": probabilities, "attention": attention}
+        return [self._explanation(row, caption, batch, beta) for row, caption in enumerate(ids)]
 
-    def _explanation(self, row, ids, batch):
+    @staticmethod
+    def _word_gradients(scores, leaves):
+        """scores (B, T) of T words -> for each leaf (B, ...) its gradients (T, B, ...), None for one that wants none."""
+        words = scores.shape[1]
+        seeds = torch.eye(words).to(scores).unsqueeze(1).expand(-1, len(scores), -1)  # (T, B, T): gradient t is of word t
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(scores, wanted, seeds, is_grads_batched=True))
+        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+    def _explanation(self, row, ids, batch, beta):
         """The Explanation of one image, cut out of a padded batch."""
         length = len(ids)
         parts = {name: value[row, :length].detach().cpu() for name, value in batch.items()}
         parts["word_relevance"] = parts["word_relevance"][:, :length]
-        return Explanation(words=self.vocabulary.decode(ids), **parts)
+        beta = None if beta is None else beta[row, 0, :length].detach().cpu()
+        return Explanation(words=self.vocabulary.decode(ids), beta=beta, **parts)
 
     def _padded(self, ids):
         """Lists of word ids -> inputs (B, T) = `<start>` and all but the last word, and targets (B, T), padded."""
@@ -245,9 +290,10 @@ def evaluating(module):
 
 def model_class(model_type):
     """The class of a model_type; UserError if there is none."""
-    from gridTDmodel import GridTDCaptioner  # not at the top: the models build on this file
+    from aoamodel import AoACaptioner  # not at the top: the models build on this file
+    from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
 
-    models = {"gridtd": GridTDCaptioner}
+    models = {"adaptive": AdaptiveCaptioner, "gridtd": GridTDCaptioner, "aoa": AoACaptioner}
     if model_type not in models:
         raise UserError(f"there is no model_type '{model_type}'; choose from {', '.join(models)}")
     return models[model_type]

@@ -7,6 +7,8 @@
 
 import copy
 import hashlib
+import itertools
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -17,6 +19,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from captiondata import IMAGENET_MEAN, IMAGENET_STD
 from commandline import UserError
 
 # Feature maps and max-pools ("M") of the small VGG that is trained from scratch on the drawn scenes (128 -> 8 pixels).
@@ -35,12 +38,30 @@ def scenes_vgg_layers():
     return nn.Sequential(*layers)
 
 
+def resnet101_layers():
+    """ResNet-101 up to its last residual stage."""
+    return without_tail(torchvision.models.resnet101(), "avgpool")
+
+
+def inception_v3_layers(end):
+    """Inception-v3 up to and with the block `end`; its input is normalised as all others' (see `_fold_input_transform`)."""
+    network = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
+    names = [name for name, _ in network.named_children()]
+    return without_tail(network, names[names.index(end) + 1])
+
+
+def without_tail(network, name):
+    """The children of a torchvision network before the one called `name`, in order, as a Sequential that keeps their names."""
+    children = dict(network.named_children())
+    return nn.Sequential(OrderedDict(itertools.takewhile(lambda item: item[0] != name, children.items())))
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """What is fixed about an encoder; `scale` brings the mean activation near that of VGG16, and is part of the encoder."""
 
     layers: Callable  # () -> nn.Sequential, random weights
-    pretrained: str | None  # torchvision's name of the network whose `features` carry the ImageNet weights
+    pretrained: str | None  # torchvision's name of the network that carries the ImageNet weights
     out_channels: int
     image_size: int
     grid: tuple
@@ -51,9 +72,12 @@ ENCODERS = {
     "scenes_vgg": EncoderSpec(scenes_vgg_layers, None, 256, 128, (8, 8), scale=5.0),
     # The paper's encoder: VGG16 up to relu5_3, that is without its last max-pool (§4).
     "vgg16": EncoderSpec(lambda: torchvision.models.vgg16().features[:-1], "vgg16", 512, 224, (14, 14)),
+    "resnet101": EncoderSpec(resnet101_layers, "resnet101", 2048, 224, (7, 7)),
     "squeezenet1_1": EncoderSpec(
         lambda: torchvision.models.squeezenet1_1().features, "squeezenet1_1", 512, 224, (13, 13), scale=0.2
     ),
+    "inception_v3": EncoderSpec(lambda: inception_v3_layers("Mixed_7a"), "inception_v3", 1280, 299, (8, 8), scale=5.0),
+    "inception_v3_6e": EncoderSpec(lambda: inception_v3_layers("Mixed_6e"), "inception_v3", 768, 299, (17, 17), scale=10.0),
 }
 
 
@@ -73,16 +97,10 @@ class Encoder(nn.Module):
 
     def folded(self):
         """This encoder with every batch-norm merged into its convolution, as LRP wants it; itself if it has none."""
-        if not any(isinstance(layer, nn.BatchNorm2d) for layer in self.net):
+        if not any(isinstance(module, nn.BatchNorm2d) for module in self.net.modules()):
             return self
-        layers = []
-        for layer in copy.deepcopy(self.net).eval():
-            if isinstance(layer, nn.BatchNorm2d):
-                layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
-            else:
-                layers.append(layer)
         folded = copy.copy(self)
-        folded._modules = {"net": nn.Sequential(*layers)}
+        folded._modules = {"net": fold_batch_norm(copy.deepcopy(self.net).eval())}
         return folded
 
     def weights_hash(self):
@@ -91,6 +109,18 @@ class Encoder(nn.Module):
         for key, value in sorted(self.state_dict().items()):
             digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def fold_batch_norm(module):
+    """Merge, in place, every batch-norm into the convolution that stands before it among its parent's children."""
+    before = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            module._modules[before] = fuse_conv_bn_eval(module._modules[before], child)
+            module._modules[name] = nn.Identity()
+        fold_batch_norm(child)
+        before = name
+    return module
 
 
 def build_encoder(name, weights=None):
@@ -104,9 +134,11 @@ def build_encoder(name, weights=None):
     encoder = Encoder(name)
     pretrained = ENCODERS[name].pretrained
     if weights not in (None, "random"):
-        _load_features(encoder.net, _read_state_dict(weights), weights)
+        _load_weights(encoder.net, _read_state_dict(weights), weights)
     elif weights is None and pretrained:
-        _load_features(encoder.net, _download(pretrained), f"torchvision's {pretrained}")
+        _load_weights(encoder.net, _download(pretrained), f"torchvision's {pretrained}")
+        if pretrained == "inception_v3":
+            _fold_input_transform(encoder.net.Conv2d_1a_3x3)
     return encoder.eval().requires_grad_(False)
 
 
@@ -133,10 +165,21 @@ def _read_state_dict(path):
         raise UserError(f"{path} is not a PyTorch state dict") from None
 
 
-def _load_features(net, state_dict, source):
-    """Load torchvision's `features.*` or an Encoder's own `net.*` into `net`; UserError if they are another network's."""
-    values = {key.partition(".")[2]: value for key, value in state_dict.items() if key.startswith(("features.", "net."))}
+def _load_weights(net, state_dict, source):
+    """Load a state dict of torchvision's whole network, or of an Encoder, into `net`; UserError if of another network."""
+    values = {key.removeprefix("features.").removeprefix("net."): value for key, value in state_dict.items()}
     try:
-        net.load_state_dict({key: values[key] for key in net.state_dict()})
+        net.load_state_dict({key: values[key] for key in net.state_dict() if key in values or "num_batches" not in key}, strict=False)
     except (KeyError, RuntimeError):
         raise UserError(f"{source} does not hold the weights of this encoder") from None
+
+
+@torch.no_grad()
+def _fold_input_transform(stem):
+    """torchvision's Inception-v3 wants pixels in -1..1; let its first convolution, which has no padding, take ours instead.
+
+    x' = x std / 0.5 + (mean - 0.5) / 0.5 for each colour; the constant part moves the batch-norm's running mean.
+    """
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    stem.bn.running_mean -= (stem.conv.weight * (mean - 0.5) / 0.5).sum((1, 2, 3))
+    stem.conv.weight *= std / 0.5

@@ -1,5 +1,5 @@
-"""The grid-TD captioner: a top-down attention LSTM with a visual sentinel, adaptive attention over the grid of regions, and
-a language LSTM (paper §3.1, Figure 2).
+"""The captioners with adaptive attention: the adaptive captioner of Lu et al. (2017), and grid-TD, which adds a language
+LSTM on top (paper §3.1, Figure 2).
 
 The shapes: B images, N captions (or beams) of each, L regions of D channels, E embedding and H hidden units. The parts of
 the LSTM inputs that do not wait for the previous step - words, image - are projected once, outside the loop over steps.
@@ -9,83 +9,42 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioner import Captioner
+from captioner import Captioner, lstm_cell
 from lrp_utils import TrueGradient
 
 
-def lstm_cell(gates, cell, rules):
-    """One LSTM update from pre-activations `gates` (..., 4H), in PyTorch's order i, f, g, o.
+class AdaptiveAttention(Captioner):
+    """What both share: the global feature, the visual sentinel of an LSTM, and attention to regions and sentinel."""
 
-    Returns the new cell m (..., H), tanh(m) and the output gate. For LRP the gates are constants, the candidate g and the
-    sum i*tanh(g) + f*m are epsilon-rule sites (Arras et al. 2017).
-    """
-    i, f, g, o = gates.chunk(4, dim=-1)
-    i, f, o = (rules.constant(torch.sigmoid(gate)) for gate in (i, f, o))
-    cell = rules.epsilon(i * rules.tanh(rules.epsilon(g)) + f * cell)
-    return cell, rules.tanh(cell), o
-
-
-class GridTDCaptioner(Captioner):
-    """Grid-TD attention; x1_t = [h2_{t-1}; v_g; word], x2_t = [c_hat; h1_t], logits = fc(c_hat + h2_t)."""
-
-    def __init__(self, config, vocabulary, encoder):
+    def __init__(self, config, vocabulary, encoder, input_dim):
         super().__init__(config, vocabulary, encoder)
-        embed, hidden = config.embed_dim, config.hidden_dim
-        self.global_projection = nn.Linear(encoder.out_channels, embed)
-        self.attention_lstm = nn.LSTMCell(hidden + 2 * embed, hidden)
-        self.sentinel_input = nn.Linear(hidden + 2 * embed, hidden)
+        hidden = config.hidden_dim
+        self.global_projection = nn.Linear(encoder.out_channels, config.embed_dim)
+        self.sentinel_input = nn.Linear(input_dim, hidden)
         self.sentinel_hidden = nn.Linear(hidden, hidden)
         self.attention_visual = nn.Linear(hidden, hidden)
         self.attention_hidden = nn.Linear(hidden, hidden, bias=False)
         self.attention_sentinel = nn.Linear(hidden, hidden)
         self.attention_score = nn.Linear(hidden, 1, bias=False)
-        self.language_lstm = nn.LSTMCell(2 * hidden, hidden)
 
-    def look(self, features, rules=TrueGradient):
-        """What every step needs of the image, computed once: features (B, L, D) -> dict of tensors.
-
-        regions (B, L, H), keys (B, L, H) their part of eq. 2, image_gates (B, 1, 5H) the global feature's and the biases'
-        part of the attention LSTM's pre-activations, and the recurrent weights joined over [h2; h1] and [c_hat; h1; h2].
-        """
-        embed, hidden = self.config.embed_dim, self.config.hidden_dim
-        top, language = self.attention_lstm, self.language_lstm
+    def _see(self, features, rules):
+        """features (B, L, D) -> regions V (B, L, H), their part of eq. 2 (B, L, H), and the global feature v_g (B, E)."""
         regions = torch.relu(rules.epsilon(self.image_projection(features)))
         mean = rules.epsilon(features.mean(dim=1))
-        global_feature = torch.relu(rules.epsilon(self.global_projection(mean)))  # v_g (B, E)
-        weight = torch.cat([top.weight_ih, self.sentinel_input.weight])  # (5H, H+2E): gates i, f, g, o and the sentinel's
-        bias = torch.cat([top.bias_ih + top.bias_hh, self.sentinel_input.bias + self.sentinel_hidden.bias])
-        recurrent = torch.cat([top.weight_hh, self.sentinel_hidden.weight])
-        return {
-            "regions": regions,
-            "keys": self.attention_visual(regions),
-            "image_gates": F.linear(global_feature, weight[:, hidden : hidden + embed], bias).unsqueeze(1),
-            "word_weight": weight[:, hidden + embed :],
-            "attention_recurrent": torch.cat([weight[:, :hidden], recurrent], dim=1),
-            "language_weight": torch.cat([language.weight_ih, language.weight_hh], dim=1),
-            "language_bias": language.bias_ih + language.bias_hh,
-        }
+        global_feature = torch.relu(rules.epsilon(self.global_projection(mean)))
+        return {"regions": regions, "keys": self.attention_visual(regions)}, global_feature
 
-    def start(self, memory, captions=1):
-        """The state (h1, m1, h2, m2) before the first word: zeros (B, N, H) each."""
-        return (self.fc.weight.new_zeros(len(memory["regions"]), captions, self.config.hidden_dim),) * 4
+    def _gate_weights(self, weight_ih, weight_hh, bias):
+        """The LSTM's and the sentinel gate's weights as one: over its input (5H, input), over h (5H, H), biases (5H)."""
+        weight_input = torch.cat([weight_ih, self.sentinel_input.weight])
+        weight_hidden = torch.cat([weight_hh, self.sentinel_hidden.weight])
+        return weight_input, weight_hidden, torch.cat([bias, self.sentinel_input.bias + self.sentinel_hidden.bias])
 
-    def word_inputs(self, embeddings, memory):
-        """The words' part of the attention LSTM's pre-activations: (..., E) -> (..., 5H)."""
-        return F.linear(embeddings, memory["word_weight"])
-
-    def step(self, word_input, state, memory, rules=TrueGradient):
-        """One word further: word_input (B, N, 5H) -> c_hat + h2 (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
-        h1, m1, h2, m2 = state
-        gates = word_input + memory["image_gates"] + F.linear(torch.cat([h2, h1], dim=-1), memory["attention_recurrent"])
+    def _sentinel_lstm(self, gates, cell, rules):
+        """gates (B, N, 5H) -> h, the cell, and the sentinel s = sigma(...) * tanh(cell) (eq. 1), (B, N, H) each."""
         gates, sentinel_gate = gates.split([4 * self.config.hidden_dim, self.config.hidden_dim], dim=-1)
-        m1, squashed, output_gate = lstm_cell(gates, m1, rules)
-        h1 = output_gate * squashed
-        sentinel = rules.constant(torch.sigmoid(sentinel_gate)) * squashed  # eq. 1
-        context, alpha, beta = self._attend(h1, sentinel, memory, rules)
-        gates = F.linear(torch.cat([context, h1, h2], dim=-1), memory["language_weight"], memory["language_bias"])
-        m2, squashed, output_gate = lstm_cell(gates, m2, rules)
-        h2 = output_gate * squashed
-        return rules.epsilon(context + h2), (h1, m1, h2, m2), alpha.unsqueeze(-2), beta.squeeze(-1)
+        cell, squashed, output_gate = lstm_cell(gates, cell, rules)
+        return output_gate * squashed, cell, rules.constant(torch.sigmoid(sentinel_gate)) * squashed
 
     def _attend(self, hidden, sentinel, memory, rules):
         """Adaptive attention (eqs. 2-7): h1, s (B, N, H) -> c_hat (B, N, H), alpha (B, N, L), beta (B, N, 1)."""
@@ -98,3 +57,80 @@ class GridTDCaptioner(Captioner):
         alpha, beta = rules.constant(alpha), rules.constant(beta)
         context = rules.epsilon(alpha @ memory["regions"])
         return rules.epsilon((1 - beta) * context + beta * sentinel), alpha, beta
+
+    def word_inputs(self, embeddings, memory):
+        """The words' part of the pre-activations of LSTM and sentinel gate: (..., E) -> (..., 5H)."""
+        return F.linear(embeddings, memory["word_weight"])
+
+
+class AdaptiveCaptioner(AdaptiveAttention):
+    """Adaptive attention; x_t = [word; v_g], logits = fc(c_hat + h_t)."""
+
+    def __init__(self, config, vocabulary, encoder):
+        super().__init__(config, vocabulary, encoder, input_dim=2 * config.embed_dim)
+        self.lstm = nn.LSTM(2 * config.embed_dim, config.hidden_dim)
+
+    def look(self, features, rules=TrueGradient):
+        """What every step needs of the image, computed once: features (B, L, D) -> dict of tensors."""
+        memory, global_feature = self._see(features, rules)
+        bias = self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
+        weight, recurrent, bias = self._gate_weights(self.lstm.weight_ih_l0, self.lstm.weight_hh_l0, bias)
+        memory["word_weight"], image_weight = weight.split(self.config.embed_dim, dim=1)
+        memory["image_gates"] = F.linear(global_feature, image_weight, bias).unsqueeze(1)
+        return {**memory, "recurrent": recurrent}
+
+    def start(self, memory, captions=1):
+        """The state (h, m) before the first word: zeros (B, N, H) each."""
+        return (self.zeros(memory, captions),) * 2
+
+    def step(self, word_input, state, memory, rules=TrueGradient):
+        """One word further: word_input (B, N, 5H) -> c_hat + h (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
+        hidden, cell = state
+        gates = word_input + memory["image_gates"] + F.linear(hidden, memory["recurrent"])
+        hidden, cell, sentinel = self._sentinel_lstm(gates, cell, rules)
+        context, alpha, beta = self._attend(hidden, sentinel, memory, rules)
+        return rules.epsilon(context + hidden), (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
+
+
+class GridTDCaptioner(AdaptiveAttention):
+    """Grid-TD attention; x1_t = [h2_{t-1}; v_g; word], x2_t = [c_hat; h1_t], logits = fc(c_hat + h2_t)."""
+
+    def __init__(self, config, vocabulary, encoder):
+        embed, hidden = config.embed_dim, config.hidden_dim
+        super().__init__(config, vocabulary, encoder, input_dim=hidden + 2 * embed)
+        self.attention_lstm = nn.LSTMCell(hidden + 2 * embed, hidden)
+        self.language_lstm = nn.LSTMCell(2 * hidden, hidden)
+
+    def look(self, features, rules=TrueGradient):
+        """What every step needs of the image, computed once: features (B, L, D) -> dict of tensors.
+
+        regions and keys (B, L, H), image_gates (B, 1, 5H) the global feature's and the biases' part of the attention LSTM's
+        pre-activations, and the recurrent weights joined over [h2; h1] and [c_hat; h1; h2].
+        """
+        memory, global_feature = self._see(features, rules)
+        top, language = self.attention_lstm, self.language_lstm
+        weight, recurrent, bias = self._gate_weights(top.weight_ih, top.weight_hh, top.bias_ih + top.bias_hh)
+        language_weight, image_weight, word_weight = weight.split([self.config.hidden_dim] + [self.config.embed_dim] * 2, dim=1)
+        return {
+            **memory,
+            "image_gates": F.linear(global_feature, image_weight, bias).unsqueeze(1),
+            "word_weight": word_weight,
+            "attention_recurrent": torch.cat([language_weight, recurrent], dim=1),
+            "language_weight": torch.cat([language.weight_ih, language.weight_hh], dim=1),
+            "language_bias": language.bias_ih + language.bias_hh,
+        }
+
+    def start(self, memory, captions=1):
+        """The state (h1, m1, h2, m2) before the first word: zeros (B, N, H) each."""
+        return (self.zeros(memory, captions),) * 4
+
+    def step(self, word_input, state, memory, rules=TrueGradient):
+        """One word further: word_input (B, N, 5H) -> c_hat + h2 (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
+        h1, m1, h2, m2 = state
+        gates = word_input + memory["image_gates"] + F.linear(torch.cat([h2, h1], dim=-1), memory["attention_recurrent"])
+        h1, m1, sentinel = self._sentinel_lstm(gates, m1, rules)
+        context, alpha, beta = self._attend(h1, sentinel, memory, rules)
+        gates = F.linear(torch.cat([context, h1, h2], dim=-1), memory["language_weight"], memory["language_bias"])
+        m2, squashed, output_gate = lstm_cell(gates, m2, rules)
+        h2 = output_gate * squashed
+        return rules.epsilon(context + h2), (h1, m1, h2, m2), alpha.unsqueeze(-2), beta.squeeze(-1)

@@ -37,7 +37,7 @@ class _ScaledBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, output, factor):
         ctx.save_for_backward(factor)
-        return output.view_as(output)
+        return output.clone()  # not a view: the ReLU that follows may work in place
 
     @staticmethod
     def backward(ctx, gradient):
@@ -47,6 +47,7 @@ class _ScaledBackward(torch.autograd.Function):
 class TrueGradient:
     """The captioner as it is: training, decoding, and the gradient-based explanations."""
 
+    stepwise = False  # an LSTM may take a whole sequence at once
     tanh = staticmethod(torch.tanh)
 
     @staticmethod
@@ -60,6 +61,8 @@ class TrueGradient:
 
 class LRP:
     """The decoder rules of LRP; `epsilon` is the stabiliser of every linear layer and sum (paper: 0.01)."""
+
+    stepwise = True  # the rules act inside the LSTM
 
     def __init__(self, epsilon=EPSILON):
         self.stabilizer = epsilon
@@ -121,15 +124,20 @@ def _convolution_backward(gradient, shape, weight, stride, padding, dilation, gr
 
 
 class AlphaOneBetaZero(TorchFunctionMode):
-    """`with AlphaOneBetaZero():` every 2-d convolution called inside is explained by the alpha1-beta0 rule.
+    """`with AlphaOneBetaZero():` every 2-d convolution called inside is explained by the alpha1-beta0 rule, and every sum of
+    two tensors, such as a residual connection's, in proportion to its parts by the epsilon-rule.
 
     ReLU, max-pooling (winner takes all), average pooling and concatenation need no rule: their gradient hands on c = R /
     value as LRP wants. The network itself is not touched. Batch-norm has to be folded into its convolution before.
     """
 
+    SUMS = {torch.Tensor.add_, torch.Tensor.add, torch.add, torch.Tensor.__iadd__, torch.Tensor.__add__}
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.conv2d:
             return _AlphaOneBetaZero.apply(*_conv2d_arguments(*args, **(kwargs or {})))
+        if function in self.SUMS and isinstance(args[1], torch.Tensor):
+            return LRP().epsilon(torch.add(*args, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
 
 

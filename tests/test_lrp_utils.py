@@ -7,8 +7,9 @@ import torchvision
 from torch import nn
 
 from captiondata import Vocabulary
-from captioner import CaptionerConfig, build_captioner
+from captioner import CaptionerConfig, Method, build_captioner
 from encoder import build_encoder
+from gradient_utils import input_x_gradient
 from lrp_utils import LRP, AlphaOneBetaZero, TrueGradient, stabilize
 from oracle_lrp import encoder_lrp, gridtd_forward, gridtd_lrp
 
@@ -20,19 +21,35 @@ def relative_difference(ours, truth):
 
 
 def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, **sizes):
-    """A float64 grid-TD captioner with random weights, large enough that every nonlinearity is used."""
+    """A float64 captioner with random weights, large enough that every nonlinearity is used."""
     torch.manual_seed(seed)
     vocabulary = Vocabulary(["<pad>", *(f"w{i}" for i in range(words)), "<unk>", "<start>", "<end>"])
-    config = CaptionerConfig(encoder=encoder, **{"embed_dim": 12, "hidden_dim": 16, **sizes})
+    config = CaptionerConfig(encoder=encoder, **{"embed_dim": 12, "hidden_dim": 16, "num_head": 4, **sizes})
     captioner = build_captioner(config, vocabulary, build_encoder(encoder, "random")).double().eval()
     for name, parameter in captioner.named_parameters():
         if not name.startswith("encoder.") and parameter.dim() > 1:
             nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
-    for layer in captioner.encoder.net:
-        if isinstance(layer, nn.BatchNorm2d):  # as after training: none of its four vectors is trivial
-            for vector, low, high in ((layer.weight, 0.5, 1.5), (layer.bias, -0.5, 0.5), (layer.running_mean, -1, 1), (layer.running_var, 0.1, 2)):
-                nn.init.uniform_(vector, low, high)
+    calibrate(captioner.encoder)
     return captioner
+
+
+def calibrate(encoder):
+    """Give an encoder's batch-norms the statistics of some noise, as after training, and none of their vectors a trivial one."""
+    layers = [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.uniform_(layer.bias, -0.5, 0.5)
+        layer.momentum = 1.0
+        layer.train()
+    if layers:
+        encoder(torch.randn(2, 3, 128, 128, dtype=torch.float64))
+        encoder.eval()
+
+
+def explain_double(captioner, images, ids, epsilon):
+    """LRP with another epsilon than the paper's; everything stays float64."""
+    method = Method(lambda: LRP(epsilon), AlphaOneBetaZero, input_x_gradient)
+    return captioner._explain_chunk(images, ids, method, captioner.encoder.folded())
 
 
 def encoder_layers(encoder):
@@ -55,7 +72,7 @@ def test_lrp_of_regions_words_and_pixels_equals_the_oracle(epsilon):
     captions = [[3, 7, 7, 12, 5, 20], [9, 1, 4]]
     parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
     layers = encoder_layers(captioner.encoder)
-    for image, ids, ours in zip(images, captions, captioner._explain_chunk(images, captions, LRP(epsilon))):
+    for image, ids, ours in zip(images, captions, explain_double(captioner, images, captions, epsilon)):
         with torch.no_grad():
             features = captioner.encoder(image[None])[0].numpy()
         inputs = [captioner.vocabulary.start, *ids[:-1]]
@@ -93,7 +110,7 @@ def test_without_biases_and_epsilon_relevance_is_conserved():
         if "bias" in name:
             nn.init.zeros_(parameter)
     images = torch.randn(2, 3, 128, 128, dtype=torch.float64)
-    for explanation in captioner._explain_chunk(images, [[3, 7, 12, 5], [1, 2, 2, 8]], LRP(epsilon=0)):
+    for explanation in explain_double(captioner, images, [[3, 7, 12, 5], [1, 2, 2, 8]], epsilon=0):
         total = explanation.region_relevance.sum(1) + explanation.word_relevance.sum(1)
         torch.testing.assert_close(total, explanation.scores, rtol=1e-6, atol=1e-9)
 

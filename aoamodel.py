@@ -1,0 +1,91 @@
+"""The captioner with multi-head attention: an LSTM, scaled dot-product attention over the regions, a sigmoid gate.
+
+Its LSTM does not wait for the attention, so teacher forcing needs no loop over steps: one LSTM, one attention, one last
+layer. ("AoA" is the authors' name; of AoANet it has the gate, which here sees h only, and neither refiner nor GLU.)
+
+The shapes: B images, N captions (or beams) of each, L regions of D channels, E embedding and H hidden units.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from captioner import Captioner, lstm_cell
+from commandline import UserError
+from lrp_utils import TrueGradient
+
+ATTENTION_DROPOUT = 0.1
+
+
+class AoACaptioner(Captioner):
+    """Multi-head attention; x_t = [word; mean of V], c = sigma(W_g h) * (W_c ctx), logits = fc(c + h_t)."""
+
+    def __init__(self, config, vocabulary, encoder):
+        super().__init__(config, vocabulary, encoder)
+        embed, hidden = config.embed_dim, config.hidden_dim
+        if hidden % config.num_head:
+            raise UserError(f"--hidden_dim {hidden} cannot be divided among --num_head {config.num_head} heads")
+        self.lstm = nn.LSTM(embed + hidden, hidden, batch_first=True)
+        self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
+        self.context_projection = nn.Linear(hidden, hidden)
+        self.context_gate = nn.Linear(hidden, hidden)
+
+    def look(self, features, rules=TrueGradient):
+        """What every step needs of the image, computed once: features (B, L, D) -> dict of tensors.
+
+        regions (B, L, H), their mean (B, H), keys and values by head (B, heads, L, H/heads), image_gates (B, 1, 4H) the
+        mean's and the biases' part of the LSTM's pre-activations.
+        """
+        regions = torch.relu(rules.epsilon(self.image_projection(features)))
+        mean = rules.epsilon(regions.mean(dim=1))
+        image_weight = self.lstm.weight_ih_l0[:, self.config.embed_dim :]
+        bias = self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
+        return {
+            "regions": regions,
+            "mean": mean,
+            "keys": self._by_head(self.key(regions)),
+            "values": self._by_head(rules.epsilon(self.value(regions))),
+            "image_gates": F.linear(mean, image_weight, bias).unsqueeze(1),
+        }
+
+    def start(self, memory, captions=1):
+        """The state (h, m) before the first word: zeros (B, N, H) each."""
+        return (self.zeros(memory, captions),) * 2
+
+    def word_inputs(self, embeddings, memory):
+        """The words' part of the LSTM's pre-activations: (..., E) -> (..., 4H)."""
+        return F.linear(embeddings, self.lstm.weight_ih_l0[:, : self.config.embed_dim])
+
+    def step(self, word_input, state, memory, rules=TrueGradient):
+        """One word further: word_input (B, N, 4H) -> c + h (B, N, H), the new state, alpha (B, N, heads, L), no beta."""
+        hidden, cell = state
+        gates = word_input + memory["image_gates"] + F.linear(hidden, self.lstm.weight_hh_l0)
+        cell, squashed, output_gate = lstm_cell(gates, cell, rules)
+        hidden = output_gate * squashed
+        output, alpha = self._attend(hidden, memory, rules)
+        return output, (hidden, cell), alpha, None
+
+    def unroll(self, embeddings, memory, rules=TrueGradient):
+        """As Captioner.unroll. The true gradient takes all steps at once; LRP's rules need the LSTM step by step."""
+        if rules.stepwise:
+            return super().unroll(embeddings, memory, rules)
+        batch, captions, steps, _ = embeddings.shape
+        mean = memory["mean"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
+        inputs = torch.cat([embeddings, mean], dim=-1).flatten(0, 1)  # (B*N, T, E+H)
+        hidden = self.lstm(inputs)[0].reshape(batch, captions * steps, -1)
+        output, alpha = self._attend(hidden, memory, rules)
+        return output.unflatten(1, (captions, steps)), alpha.unflatten(1, (captions, steps)), None
+
+    def _attend(self, hidden, memory, rules):
+        """hidden (B, M, H) -> c + h (B, M, H) and alpha (B, M, heads, L), for any M captions or steps."""
+        query = self._by_head(self.query(hidden))  # (B, heads, M, H/heads)
+        alpha = (query @ memory["keys"].transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
+        weights = rules.constant(F.dropout(alpha, ATTENTION_DROPOUT, self.training))
+        context = rules.epsilon((weights @ memory["values"]).transpose(1, 2).flatten(2))
+        gate = rules.constant(torch.sigmoid(self.context_gate(hidden)))
+        context = gate * rules.epsilon(self.context_projection(context))
+        return rules.epsilon(context + hidden), alpha.transpose(1, 2)
+
+    def _by_head(self, x):
+        """(B, M, H) -> (B, heads, M, H/heads)."""
+        return x.unflatten(-1, (self.config.num_head, -1)).transpose(1, 2)

@@ -1,0 +1,345 @@
+"""The slow, obvious LRP of `oracle_lrp` for the other models: adaptive and multi-head captioners, branched encoders.
+
+`adaptive_lrp` and `aoa_lrp` explain words down to region features and input words as `gridtd_lrp` does, which gets
+here a mask of real regions too; `graph_lrp` goes on to the pixels through chains, concatenations and residual sums
+(SqueezeNet, ResNet, Inception). float64 NumPy, no autograd. Sizes: T words, L regions, D feature channels,
+E embedding, H hidden, V vocabulary, N heads. Use it from a test: `from oracle_models import aoa_lrp, graph_lrp`.
+"""
+
+import math
+
+import numpy as np
+
+import oracle_lrp
+from oracle_lrp import (attend, context_lrp, conv, conv_lrp, image_lrp, in_float64, linear, lstm_lrp, lstm_step,
+                        maxpool, maxpool_lrp, ratio, share, sigmoid, softmax, windows)
+
+
+def as_cell(params):
+    """The state_dict in float64, nn.LSTM's `lstm.*_l0` under the names of an nn.LSTMCell, `lstm.*`."""
+    return {name.removesuffix("_l0"): value for name, value in in_float64(params).items()}
+
+
+def affine(params, name, x):
+    """The nn.Linear `name` of x (..., in): (..., out)."""
+    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+
+
+def real_regions(features, mask):
+    """Features (L,D) in float64 without the rows where mask (L,) is False. ValueError: bad shape or nothing left."""
+    features = np.asarray(features, dtype=np.float64)
+    mask = np.ones(len(features), dtype=bool) if mask is None else np.asarray(mask)
+    if mask.dtype != bool or mask.shape != (len(features),) or not mask.any():
+        raise ValueError("the mask needs one boolean a region, at least one of them True")
+    return features[mask]
+
+
+def put_back(values, mask, axis):
+    """Zeros at the padded regions of an array that has the real ones along `axis`."""
+    if mask is None:
+        return values
+    mask = np.asarray(mask)
+    full = np.zeros((*values.shape[:axis], len(mask), *values.shape[axis + 1:]))
+    full[(slice(None),) * axis + (mask,)] = values
+    return full
+
+
+def gridtd_forward(params, features, tokens, *, mask=None):
+    """`oracle_lrp.gridtd_forward` of the real regions: "alpha" is (T,L) with zeros at padded ones, the rest lacks them.
+
+    mask: (L,) booleans, True = a real region; None = all are.
+    """
+    forward = oracle_lrp.gridtd_forward(params, real_regions(features, mask), tokens)
+    return {**forward, "alpha": put_back(forward["alpha"], mask, 1)}
+
+
+def gridtd_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
+    """`oracle_lrp.gridtd_lrp` of the real regions (mask (L,) as above); padded ones get relevance 0."""
+    R_a, R_word, scores = oracle_lrp.gridtd_lrp(params, real_regions(features, mask), tokens, targets, epsilon)
+    return put_back(R_a, mask, 1), R_word, scores
+
+
+def lstm_words(params, v_g, tokens):
+    """One `lstm_step` a token of the LSTM over x_t = [embedding; v_g], from zero states."""
+    cells, zero = [], np.zeros(params["lstm.weight_hh"].shape[1])
+    h, c = zero, zero
+    for token in tokens:
+        x = np.concatenate([params["embedding.weight"][int(token)], v_g])
+        cells.append(lstm_step(params, "lstm", x, h, c))
+        h, c = cells[-1]["h"], cells[-1]["c"]
+    return cells
+
+
+def lstm_words_lrp(params, cells, R_h, R_c, epsilon):
+    """R(h), R(c) (H,) of the last of the T cells -> R(v_g), summed over all steps, and R of each input word (T,)."""
+    E = params["embedding.weight"].shape[1]
+    R_v_g, R_word = 0, np.zeros(len(cells))
+    for t in reversed(range(len(cells))):
+        R_x, R_h, R_c = lstm_lrp(params, "lstm", cells[t], R_c + R_h, epsilon)  # h to its cell in full, added
+        R_word[t] = R_x[:E].sum()
+        R_v_g = R_v_g + R_x[E:]
+    return R_v_g, R_word
+
+
+def output_lrp(params, step, target, context, epsilon):
+    """The logit `target` of one step -> R(context), R(h) (H,), through fc and the sum z = context + h."""
+    logits = step["logits"]
+    R_logits = np.where(np.arange(len(logits)) == target, logits, 0)
+    R_z = linear(R_logits, step["z"], params["fc.weight"], logits, epsilon)
+    return share(R_z, step[context], step["z"], epsilon), share(R_z, step["lstm"]["h"], step["z"], epsilon)
+
+
+def stacked(steps, *names):
+    """The named values of all steps, one row a step."""
+    return {name: np.stack([step[name] for step in steps]) for name in names}
+
+
+def all_words(params, forward, targets, word_lrp, epsilon):
+    """word_lrp(params, forward, last, target, epsilon) for every word: R(a) (T,L,D), R(words) (T,T), scores (T,)."""
+    T = len(forward["steps"])
+    R_a, R_word, scores = np.zeros((T, *forward["a"].shape)), np.zeros((T, T)), np.zeros(T)
+    for t, target in enumerate(targets):
+        scores[t] = forward["logits"][t, int(target)]
+        R_a[t], R_word[t, :t + 1] = word_lrp(params, forward, t, int(target), epsilon)
+    return R_a, R_word, scores
+
+
+def adaptive_step(params, v, cell):
+    """What follows the LSTM in one step of the adaptive captioner: s, what `attend` returns, z and logits."""
+    gate = sigmoid(affine(params, "sentinel_input", cell["x"]) + affine(params, "sentinel_hidden", cell["h_previous"]))
+    s = gate * np.tanh(cell["c"])
+    attention = attend(params, v, cell["h"], s)
+    z = attention["c_hat"] + cell["h"]
+    return {"lstm": cell, "sentinel_gate": gate, "s": s, **attention, "z": z, "logits": affine(params, "fc", z)}
+
+
+def adaptive_forward(params, features, tokens, *, mask=None):
+    """Teacher-forced forward of the adaptive captioner: features (L,D), tokens the T input ids (first one <start>).
+
+    mask: (L,) booleans, True = a real region; None = all are. Returns of the real regions what `gridtd_forward` does:
+    "a", "mean", "v_before", "v", "v_g_before", "v_g" and "steps" (see `adaptive_step`); and stacked "logits" (T,V),
+    "alpha" (T,L), zero at padded regions, and "beta" (T,).
+    """
+    params, a = as_cell(params), real_regions(features, mask)
+    mean = a.mean(axis=0)
+    v_before, v_g_before = affine(params, "image_projection", a), affine(params, "global_projection", mean)
+    v, v_g = np.maximum(v_before, 0), np.maximum(v_g_before, 0)
+    steps = [adaptive_step(params, v, cell) for cell in lstm_words(params, v_g, tokens)]
+    forward = {"a": a, "mean": mean, "v_before": v_before, "v": v, "v_g_before": v_g_before, "v_g": v_g,
+               "steps": steps, **stacked(steps, "logits", "alpha", "beta")}
+    return {**forward, "alpha": put_back(forward["alpha"], mask, 1)}
+
+
+def adaptive_word_lrp(params, forward, last, target, epsilon):
+    """Logit `target` of step `last` -> R(a) (L,D), R(words) (last+1,). Only that step's context reaches the logit."""
+    step = forward["steps"][last]
+    R_c_hat, R_h = output_lrp(params, step, target, "c_hat", epsilon)
+    R_s, R_v = context_lrp(forward["v"], step, R_c_hat, epsilon)
+    cells = [step["lstm"] for step in forward["steps"][:last + 1]]
+    R_v_g, R_word = lstm_words_lrp(params, cells, R_h, R_s, epsilon)  # the sentinel's goes to its cell c_t in full
+    return image_lrp(params, forward, R_v, R_v_g, epsilon), R_word
+
+
+def adaptive_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
+    """LRP of the logits `targets` (T ids) of the adaptive captioner, one for each of the T input ids `tokens`.
+
+    features (L,D); mask: (L,) booleans, True = a real region. Returns, as `gridtd_lrp`, feature_relevance (T,L,D),
+    word_relevance (T,T) and scores (T,).
+    """
+    forward = adaptive_forward(params, real_regions(features, mask), tokens)
+    R_a, R_word, scores = all_words(as_cell(params), forward, targets, adaptive_word_lrp, epsilon)
+    return put_back(R_a, mask, 1), R_word, scores
+
+
+def attend_heads(query, keys, values, heads):
+    """Each head looks with its own H/N dimensions: query (H,), keys and values (L,H) -> alpha (N,L), context (H,)."""
+    alpha, context = [], []
+    for q, k, value in zip(np.split(query, heads), np.split(keys, heads, axis=1), np.split(values, heads, axis=1)):
+        alpha.append(softmax(k @ q / np.sqrt(len(q))))
+        context.append(sum(alpha[-1][p] * value_p for p, value_p in enumerate(value)))
+    return np.stack(alpha), np.concatenate(context)
+
+
+def aoa_step(params, keys, values, cell, heads):
+    """What follows the LSTM in one step of the multi-head captioner: alpha (N,L), ctx, the context before and after
+    its gate, "c_before" and "c", z (all (H,)) and logits (V,)."""
+    alpha, ctx = attend_heads(affine(params, "query", cell["h"]), keys, values, heads)
+    c_before = affine(params, "context_projection", ctx)
+    c = sigmoid(affine(params, "context_gate", cell["h"])) * c_before
+    z = c + cell["h"]
+    return {"lstm": cell, "alpha": alpha, "ctx": ctx, "c_before": c_before, "c": c, "z": z,
+            "logits": affine(params, "fc", z)}
+
+
+def aoa_forward(params, features, tokens, *, heads, mask=None):
+    """Teacher-forced forward of the multi-head captioner: features (L,D), tokens the T input ids (first one <start>).
+
+    mask: (L,) booleans, True = a real region; None = all are. Returns of the real regions "a", "v_before", "v" and
+    "value" (L,H), "v_g" (H,) their mean, "steps" (see `aoa_step`); and stacked "logits" (T,V) and "alpha" (T,N,L),
+    zero at padded regions. ValueError: H is no multiple of heads.
+    """
+    params, a = as_cell(params), real_regions(features, mask)
+    v_before = affine(params, "image_projection", a)
+    v = np.maximum(v_before, 0)
+    v_g, keys, values = v.mean(axis=0), affine(params, "key", v), affine(params, "value", v)
+    steps = [aoa_step(params, keys, values, cell, heads) for cell in lstm_words(params, v_g, tokens)]
+    forward = {"a": a, "v_before": v_before, "v": v, "v_g": v_g, "value": values, "steps": steps,
+               **stacked(steps, "logits", "alpha")}
+    return {**forward, "alpha": put_back(forward["alpha"], mask, 2)}
+
+
+def heads_lrp(step, values, R_ctx, epsilon):
+    """R(ctx) (H,), the sum of alpha value of all heads -> R(values) (L,H)."""
+    R_values = np.zeros_like(values)
+    for p, value in enumerate(values):
+        alpha = np.repeat(step["alpha"][:, p], len(value) // len(step["alpha"]))  # a head's weight at its dimensions
+        R_values[p] = share(R_ctx, alpha * value, step["ctx"], epsilon)
+    return R_values
+
+
+def aoa_image_lrp(params, forward, R_values, R_v_g, epsilon):
+    """R(values) (L,H) and R(v_g) (H,) -> R(a) (L,D): both come together at v, whose ReLU passes."""
+    R_a = np.zeros_like(forward["a"])
+    for p, (a, v) in enumerate(zip(forward["a"], forward["v"])):
+        R_v = share(R_v_g, v / len(R_a), forward["v_g"], epsilon)
+        R_v = R_v + linear(R_values[p], v, params["value.weight"], forward["value"][p], epsilon)
+        R_a[p] = linear(R_v, a, params["image_projection.weight"], forward["v_before"][p], epsilon)
+    return R_a
+
+
+def aoa_word_lrp(params, forward, last, target, epsilon):
+    """Logit `target` of step `last` -> R(a) (L,D), R(words) (last+1,); query, key and gate get nothing."""
+    step = forward["steps"][last]
+    R_c, R_h = output_lrp(params, step, target, "c", epsilon)
+    R_ctx = linear(R_c, step["ctx"], params["context_projection.weight"], step["c_before"], epsilon)
+    R_values = heads_lrp(step, forward["value"], R_ctx, epsilon)
+    cells = [step["lstm"] for step in forward["steps"][:last + 1]]
+    R_v_g, R_word = lstm_words_lrp(params, cells, R_h, np.zeros_like(R_h), epsilon)
+    return aoa_image_lrp(params, forward, R_values, R_v_g, epsilon), R_word
+
+
+def aoa_lrp(params, features, tokens, targets, epsilon=0.01, *, heads, mask=None):
+    """LRP of the logits `targets` (T ids) of the multi-head captioner, one for each of the T input ids `tokens`.
+
+    features (L,D); mask: (L,) booleans, True = a real region. Returns, as `gridtd_lrp`, feature_relevance (T,L,D),
+    word_relevance (T,T) and scores (T,).
+    """
+    forward = aoa_forward(params, real_regions(features, mask), tokens, heads=heads)
+    R_a, R_word, scores = all_words(as_cell(params), forward, targets, aoa_word_lrp, epsilon)
+    return put_back(R_a, mask, 1), R_word, scores
+
+
+def pad_for_pool(x, kernel, stride, padding, ceil_mode, value):
+    """x (C,H,W) with `value` around it. With ceil_mode also as much below and right as one more window needs, unless
+    that window would start beyond the image (PyTorch's rule)."""
+    widths = [(0, 0)]
+    for size, k, s, p in zip(x.shape[1:], *(np.broadcast_to(n, 2) for n in (kernel, stride, padding))):
+        last = (math.ceil if ceil_mode else math.floor)((size + 2 * p - k) / s)
+        if last * s >= size + p:
+            last -= 1
+        widths.append((p, p + max(0, last * s + k - size - 2 * p)))
+    return np.pad(x, widths, constant_values=value)
+
+
+def unpad(x, padding, shape):
+    """The (C,H,W) = shape inside a padded array."""
+    ph, pw = np.broadcast_to(padding, 2)
+    return x[:, ph:ph + shape[1], pw:pw + shape[2]]
+
+
+def padded_maxpool_lrp(x, R, kernel, stride, padding=0, ceil_mode=False):
+    """Winner takes all; padding is -inf and never wins."""
+    padded = pad_for_pool(x, kernel, stride, padding, ceil_mode, -np.inf)
+    return unpad(maxpool_lrp(padded, R, kernel, stride), padding, x.shape)
+
+
+def avgpool(x, kernel, stride, padding):
+    """Mean over windows of x (C,H,W), zeros of the padding counted as elements."""
+    padded = pad_for_pool(x, kernel, stride, padding, False, 0)
+    return sum(padded[at] for _, _, at in windows(padded.shape, kernel, stride)) / np.prod(np.broadcast_to(kernel, 2))
+
+
+def avgpool_lrp(x, R, kernel, stride, padding):
+    """R is shared in proportion to the inputs of each window, no epsilon; it ends where the mean is 0."""
+    padded = pad_for_pool(x, kernel, stride, padding, False, 0)
+    quotient = ratio(R, avgpool(x, kernel, stride, padding) * np.prod(np.broadcast_to(kernel, 2)), 0)
+    R_padded = np.zeros_like(padded)
+    for _, _, at in windows(padded.shape, kernel, stride):
+        R_padded[at] += padded[at] * quotient
+    return unpad(R_padded, padding, x.shape)
+
+
+def graph_forward(node, x):
+    """The output (O,h,w) of a node (`graph_lrp` says which there are) for x (C,H,W). ValueError: unknown node."""
+    x = np.asarray(x, dtype=np.float64)
+    match node:
+        case ("sequence", nodes):
+            for child in nodes:
+                x = graph_forward(child, x)
+            return x
+        case ("concat", branches):
+            return np.concatenate([graph_forward(branch, x) for branch in branches])
+        case ("residual", main, shortcut):
+            return graph_forward(main, x) + graph_forward(shortcut, x)
+        case ("conv", weight, bias, stride, padding):
+            y = conv(x, np.asarray(weight, dtype=np.float64), stride, padding)
+            return y if bias is None else y + np.asarray(bias, dtype=np.float64)[:, None, None]
+        case ("relu",):
+            return np.maximum(x, 0)
+        case ("maxpool", kernel, stride):
+            return maxpool(x, kernel, stride)
+        case ("maxpool", kernel, stride, padding, ceil_mode):
+            return maxpool(pad_for_pool(x, kernel, stride, padding, ceil_mode, -np.inf), kernel, stride)
+        case ("avgpool", kernel, stride, padding):
+            return avgpool(x, kernel, stride, padding)
+    raise ValueError(f"unknown node {node[0]!r} with {len(node) - 1} settings")
+
+
+def sequence_lrp(nodes, x, R, epsilon):
+    """From the last node of a chain back to its input."""
+    inputs = [x]
+    for node in nodes:
+        inputs.append(graph_forward(node, inputs[-1]))
+    for node, node_input in reversed(list(zip(nodes, inputs))):
+        R = graph_lrp(node, node_input, R, epsilon)
+    return R
+
+
+def concat_lrp(branches, x, R, epsilon):
+    """Every branch takes back the channels that it made; at their common input they add."""
+    ends = np.cumsum([len(graph_forward(branch, x)) for branch in branches])
+    return sum(graph_lrp(branch, x, part, epsilon) for branch, part in zip(branches, np.split(R, ends[:-1])))
+
+
+def residual_lrp(main, shortcut, x, R, epsilon):
+    """Each addend y gets R y / (sum + epsilon sign sum); at their common input they add."""
+    parts = [graph_forward(main, x), graph_forward(shortcut, x)]
+    R_main, R_shortcut = (share(R, part, parts[0] + parts[1], epsilon) for part in parts)
+    return graph_lrp(main, x, R_main, epsilon) + graph_lrp(shortcut, x, R_shortcut, epsilon)
+
+
+def graph_lrp(node, x, R_out, epsilon=0.01):
+    """R_out (O,h,w) at the output of a node -> R (C,H,W) at its input x. epsilon is that of residual sums only.
+
+    Nodes: ("sequence", [nodes]), empty for the identity; ("concat", [nodes]), channels of branches over one input;
+    ("residual", main, shortcut); ("conv", weight (O,C,kh,kw), bias (O,) or None, stride, padding); ("relu",);
+    ("maxpool", kernel, stride[, padding, ceil_mode]); ("avgpool", kernel, stride, padding). Kernels, strides and
+    paddings are numbers or pairs (vertical, horizontal). Convolutions follow alpha1-beta0. ValueError: unknown node.
+    """
+    x, R = np.asarray(x, dtype=np.float64), np.asarray(R_out, dtype=np.float64)
+    match node:
+        case ("sequence", nodes):
+            return sequence_lrp(nodes, x, R, epsilon)
+        case ("concat", branches):
+            return concat_lrp(branches, x, R, epsilon)
+        case ("residual", main, shortcut):
+            return residual_lrp(main, shortcut, x, R, epsilon)
+        case ("conv", weight, _, stride, padding):
+            return conv_lrp(x, R, np.asarray(weight, dtype=np.float64), stride, padding)
+        case ("relu",):
+            return R
+        case ("maxpool", *settings) if len(settings) in (2, 4):
+            return padded_maxpool_lrp(x, R, *settings)
+        case ("avgpool", kernel, stride, padding):
+            return avgpool_lrp(x, R, kernel, stride, padding)
+    raise ValueError(f"unknown node {node[0]!r} with {len(node) - 1} settings")
