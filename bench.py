@@ -1,12 +1,15 @@
 """Every speed claim of the README, measured as a ratio within one run.
 
     python bench.py explain              # an explained caption against the passes through VGG16 that it cannot do without
+    python bench.py methods              # every method and captioner against one plain forward and backward
+    python bench.py train                # a training step
     python bench.py all --json bench.json
 
 Each row: name, seconds (median), ratio, and what it is a ratio to.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -17,7 +20,7 @@ import torch
 from PIL import Image
 
 from captiondata import Vocabulary, image_transform, load_image
-from captioner import CaptionerConfig, build_captioner
+from captioner import METHODS, MODELS, CaptionerConfig, build_captioner
 from commandline import add_common_flags, choose_device, provenance, run, set_seed, write_json
 from encoder import build_encoder
 
@@ -82,14 +85,76 @@ def bench_explain(device, repeats):
     return [
         {"name": "VGG16 forward, one image", "seconds": times["forward"], "ratio": None, "against": None},
         {"name": f"two VGG16 forwards + one backward of {WORDS} gradients", "seconds": floor, "ratio": None, "against": None},
-        {
-            "name": f"LRP of a {WORDS}-word caption, photograph to pixels", "seconds": times["explain"],
-            "ratio": times["explain"] / floor, "against": f"two VGG16 forwards + one backward of {WORDS} gradients",
-        },
-    ]  # fmt: skip
+        row(f"LRP of a {WORDS}-word caption, photograph to pixels", times["explain"], floor, "these"),
+    ]
 
 
-BENCHMARKS = {"explain": bench_explain}
+def bench_methods(device, repeats):
+    """Every method on a caption of 10 words against the forward passes and one backward of 10 gradients of the same model."""
+    rows = []
+    for model_type in MODELS:
+        captioner, words = random_captioner(device, encoder="vgg16", model_type=model_type)
+        image = torch.randn(1, 3, captioner.encoder.image_size, captioner.encoder.image_size)
+        ids = [captioner.vocabulary.encode(words[:WORDS])]
+        floor = functools.partial(forward_and_backward, captioner, image.to(device), torch.tensor(ids, device=device))
+        methods = {name: functools.partial(captioner.explain, image, [words[:WORDS]], name) for name in METHODS}
+        times = seconds({"floor": floor, **methods}, device, repeats)
+        against = f"{model_type}: forward + one backward of {WORDS} gradients"
+        rows.append({"name": against, "seconds": times["floor"], "ratio": None, "against": None})
+        rows += [row(f"{model_type}: {name}", times[name], times["floor"], against) for name in METHODS]
+    return rows
+
+
+def forward_and_backward(captioner, images, targets):
+    """A teacher-forced forward and one plain batched backward from every word's logit to pixels and embeddings."""
+    images = images.clone().requires_grad_()
+    embeddings = captioner.embedding(targets).detach().requires_grad_()
+    memory = captioner.look(captioner.encoder(images))
+    logits = captioner.fc(captioner.unroll(embeddings.unsqueeze(1), memory)[0][:, 0])
+    scores = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    seeds = torch.eye(targets.shape[1], device=images.device).unsqueeze(1)
+    return torch.autograd.grad(scores, (images, embeddings), seeds, is_grads_batched=True)
+
+
+def bench_train(device, repeats):
+    """A teacher-forced step of the multi-head captioner, all words at once, against the same model word by word."""
+    captioner, _ = random_captioner(device, encoder="vgg16", model_type="aoa")
+    features = torch.rand(32, 196, 512, device=device)
+    inputs = torch.randint(1, VOCABULARY - 3, (32, 1, 20), device=device)
+
+    def all_at_once():
+        return captioner.zero_grad() or captioner(features, inputs).logsumexp(-1).mean().backward()
+
+    def word_by_word():
+        captioner.zero_grad()
+        stepped_logits(captioner, features, inputs).logsumexp(-1).mean().backward()
+
+    with torch.no_grad():
+        difference = (captioner(features, inputs) - stepped_logits(captioner, features, inputs)).abs().max().item()
+    times = seconds({"once": all_at_once, "steps": word_by_word}, device, repeats)
+    against = "the same, stepped word by word (projections of the image anew each step, as the original)"
+    rows = [{"name": f"aoa: {against}", "seconds": times["steps"], "ratio": None, "against": None}]
+    name = f"aoa: teacher-forced forward + backward, B=32, T=20 (logits differ by {difference:.0e})"
+    return rows + [row(name, times["once"], times["steps"], against)]
+
+
+def stepped_logits(captioner, features, inputs):
+    """The logits (B, N, T, V) of a captioner that looks at the image and computes the last layer anew at every word."""
+    state, logits = None, []
+    for words in inputs.unbind(dim=2):
+        memory = captioner.look(features)
+        state = state or captioner.start(memory, inputs.shape[1])
+        output, state, *_ = captioner.step(captioner.word_inputs(captioner.embedding(words), memory), state, memory)
+        logits.append(captioner.fc(output))
+    return torch.stack(logits, dim=2)
+
+
+def row(name, time_taken, reference, against):
+    """A result with its ratio."""
+    return {"name": name, "seconds": time_taken, "ratio": time_taken / reference, "against": against}
+
+
+BENCHMARKS = {"explain": bench_explain, "methods": bench_methods, "train": bench_train}
 
 
 def main():
@@ -104,8 +169,9 @@ def main():
     device = choose_device(args.device)
     names = BENCHMARKS if args.what == "all" else [args.what]
     rows = [row for name in names for row in BENCHMARKS[name](device, args.repeats)]
-    for row in rows:
-        print(f"{row['name']:58s} {row['seconds']:9.3f} s" + (f"   {row['ratio']:.2f} x {row['against']}" if row["ratio"] else ""))
+    for result in rows:
+        ratio = f"   {result['ratio']:.2f} x {result['against']}" if result["ratio"] else ""
+        print(f"{result['name']:58s} {result['seconds']:9.3f} s{ratio}")
     if args.json:
         write_json(args.json, {**provenance(args.seed), "device": str(device), "threads": torch.get_num_threads(), "rows": rows})
 

@@ -8,6 +8,7 @@ A model defines `look(features, rules)`, `start(memory, n)`, `word_inputs(embedd
 memory, rules)`; the same forward serves training, decoding, gradients and LRP, which differ in `rules` (lrp_utils.py).
 """
 
+import pkgutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Callable
@@ -36,6 +37,11 @@ class Method:
     pixels: bool = True  # whether the gradient has to go through the encoder
 
 
+MODELS = {  # by name, for the models build on this file
+    "adaptive": "gridTDmodel:AdaptiveCaptioner",
+    "gridtd": "gridTDmodel:GridTDCaptioner",
+    "aoa": "aoamodel:AoACaptioner",
+}
 METHODS = {
     "lrp": Method(LRP, AlphaOneBetaZero, input_x_gradient),
     "gradcam": Method(TrueGradient, nullcontext, grad_cam, pixels=False),
@@ -290,13 +296,9 @@ def evaluating(module):
 
 def model_class(model_type):
     """The class of a model_type; UserError if there is none."""
-    from aoamodel import AoACaptioner  # not at the top: the models build on this file
-    from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
-
-    models = {"adaptive": AdaptiveCaptioner, "gridtd": GridTDCaptioner, "aoa": AoACaptioner}
-    if model_type not in models:
-        raise UserError(f"there is no model_type '{model_type}'; choose from {', '.join(models)}")
-    return models[model_type]
+    if model_type not in MODELS:
+        raise UserError(f"there is no model_type '{model_type}'; choose from {', '.join(MODELS)}")
+    return pkgutil.resolve_name(MODELS[model_type])
 
 
 def build_captioner(config, vocabulary, encoder):

@@ -180,6 +180,6 @@ def _fold_input_transform(stem):
 
     x' = x std / 0.5 + (mean - 0.5) / 0.5 for each colour; the constant part moves the batch-norm's running mean.
     """
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (stem.conv.weight.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     stem.bn.running_mean -= (stem.conv.weight * (mean - 0.5) / 0.5).sum((1, 2, 3))
     stem.conv.weight *= std / 0.5

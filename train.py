@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captiondata import CaptionDataset, encoder_path, features_path, image_transform
-from captioner import CaptionerConfig, build_captioner, evaluating, read_checkpoint
+from captioner import MODELS, CaptionerConfig, build_captioner, evaluating, read_checkpoint
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed
 from encoder import ENCODERS, build_encoder
 from evaluation import caption_metrics, dataset_folder, decode_split
 
-# Two sets of defaults. "paper" is what the authors' code uses for grid-TD (original settings of §4 and the final version);
+# Two sets of defaults. "paper" is what the authors' code uses (§4 and the final version);
 # "scenes" is smaller and quicker, for an encoder that learns from nothing in a few minutes.
 PRESETS = {
     "paper": {
@@ -39,6 +39,11 @@ PRESETS = {
         "decoder_lr": 3e-3, "encoder_lr": 2e-3, "schedule": "cosine", "augment": False, "pretrain_epochs": 4,
     },
 }  # fmt: skip
+PAPER_MODELS = {  # what the authors' code sets for one captioner only
+    "adaptive": {"epochs": 30, "ss_prob": 0.2},
+    "gridtd": {},
+    "aoa": {"epochs": 50, "dropout": 0.3},
+}
 ADAM_BETAS = (0.8, 0.999)
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_FLOOR = 0.8, 2, 2e-5  # lr x 0.8 after 2 epochs without a gain in CIDEr
 
@@ -211,15 +216,16 @@ def restore(checkpoint, captioner, optimizer, scheduler):
     return {"epoch": training["epoch"], "best": training["best"]}
 
 
-def build_parser(preset):
+def build_parser(defaults):
     """The command line, with the defaults of a preset."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
     flag("--preset", choices=PRESETS, help="a set of defaults (default: scenes for the scenes, else paper)")
-    flag("--model_type", default="gridtd", choices=("gridtd",), help="the captioner (default: %(default)s)")
+    flag("--model_type", default="gridtd", choices=MODELS, help="the captioner (default: %(default)s)")
     flag("--encoder", choices=ENCODERS, help="the image encoder (default: %(default)s)")
     flag("--encoder_weights", help="state dict file, or 'random' (default: those of the cached features, else ImageNet's where there are some)")
+    flag("--num_head", type=int, default=8, help="attention heads of the multi-head captioner (default: %(default)s)")
     flag("--embed_dim", type=int, help="word embedding dimensions (default: %(default)s)")
     flag("--hidden_dim", type=int, help="LSTM and attention dimensions (default: %(default)s)")
     flag("--dropout", type=float, help="dropout probability before the last layer (default: %(default)s)")
@@ -240,7 +246,7 @@ def build_parser(preset):
     flag("--output", help="where the best captioner goes (default: checkpoints/DATASET-MODEL_TYPE.pt)")
     flag("--resume", help="the .last.pt file of a training to go on with")
     add_common_flags(parser)
-    parser.set_defaults(**PRESETS[preset])
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -249,9 +255,11 @@ def parse_arguments(arguments=None):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--dataset", default="scenes")
     first.add_argument("--preset", choices=PRESETS)
+    first.add_argument("--model_type", choices=MODELS, default="gridtd")
     chosen, _ = first.parse_known_args(arguments)
     preset = chosen.preset or ("scenes" if dataset_folder(chosen.dataset).name == "scenes" else "paper")
-    args = build_parser(preset).parse_args(arguments)
+    defaults = PRESETS[preset] | (PAPER_MODELS[chosen.model_type] if preset == "paper" else {})
+    args = build_parser(defaults).parse_args(arguments)
     args.output = args.output or f"checkpoints/{dataset_folder(args.dataset).name}-{args.model_type}.pt"
     return args
 

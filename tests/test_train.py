@@ -143,6 +143,17 @@ def test_presets_are_defaults_and_flags_win(monkeypatch):
     assert (scenes.encoder, scenes.schedule) == ("scenes_vgg", "cosine")
     assert (flickr.encoder, flickr.schedule, flickr.decoder_lr, flickr.epochs) == ("vgg16", "plateau", 5e-4, 3)
     assert flickr.output == "checkpoints/flickr30k-gridtd.pt"
+    adaptive, aoa = (train.parse_arguments(["--dataset", "coco2017", "--model_type", model]) for model in ("adaptive", "aoa"))
+    assert (adaptive.ss_prob, adaptive.epochs) == (0.2, 30) and (aoa.dropout, aoa.epochs) == (0.3, 50)
+
+
+@pytest.mark.parametrize("model_type", ["adaptive", "aoa"])
+def test_the_other_captioners_train_too(folder, tmp_path, monkeypatch, model_type):
+    output = tmp_path / "it.pt"
+    run(monkeypatch, "--dataset", folder, *SMALL, "--model_type", model_type, "--epochs", 2, "--pretrain_epochs", 0, "--ss_prob", 0.3, "--output", output)
+    rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
+    assert rows[1]["loss"] < rows[0]["loss"]
+    assert load_captioner(output).config.model_type == model_type
 
 
 @pytest.mark.parametrize("arguments, message", [

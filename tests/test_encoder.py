@@ -1,0 +1,106 @@
+"""Encoders: torchvision's networks under another reading, batch-norm folded without changing what they compute."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import encoder as encoders
+from captiondata import image_transform, load_image
+from commandline import UserError
+from encoder import ENCODERS, build_encoder
+from test_lrp_utils import calibrate
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+WEIGHTS = {"squeezenet1_1": "squeezenet1_1-imagenet.pth", "inception_v3": "inception_v3-imagenet-to-Mixed_7a-fp16.pth"}
+
+
+def shared_weights(name):
+    path = SHARED / "weights" / WEIGHTS[name]
+    if not path.exists():
+        pytest.skip(f"ImageNet weights of {name} are not in ../shared/weights")
+    return path
+
+
+def photographs(size, count=8):
+    paths = sorted((SHARED / "data/coco2017/val2017").glob("*.jpg"))[:count]
+    if not paths:
+        pytest.skip("no photographs in ../shared/data/coco2017/val2017")
+    return torch.stack([image_transform(size)(load_image(path)) for path in paths])
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_features_are_as_the_table_says(name):
+    encoder, spec = build_encoder(name, "random"), ENCODERS[name]
+    features = encoder(torch.zeros(1, 3, spec.image_size, spec.image_size))
+    assert features.shape == (1, spec.grid[0] * spec.grid[1], spec.out_channels)
+    assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_regions_are_counted_row_by_row():
+    encoder = build_encoder("scenes_vgg", "random")
+    image = torch.zeros(1, 3, 128, 128)
+    image[..., :16, 112:] = 3  # the upper right corner
+    changed = (encoder(image) - encoder(torch.zeros_like(image))).abs().sum(-1).reshape(8, 8)
+    assert changed[0, 7] > 0 and changed[:, :4].max() == 0 and changed[4:].max() == 0
+
+
+@pytest.mark.parametrize("name", ["scenes_vgg", "resnet101", "inception_v3"])
+def test_folding_batch_norm_keeps_the_features(name):
+    torch.manual_seed(0xF01D)
+    encoder = build_encoder(name, "random").double()
+    calibrate(encoder)
+    image, before = torch.randn(1, 3, 128, 128, dtype=torch.float64), encoder.weights_hash()
+    folded = encoder.folded()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(image), encoder(image), rtol=1e-9, atol=1e-9)
+    assert encoder.weights_hash() == before and build_encoder("vgg16", "random").folded().net is not None
+
+
+def test_squeezenet_is_torchvisions():
+    path = shared_weights("squeezenet1_1")
+    whole = torchvision.models.squeezenet1_1()
+    whole.load_state_dict(torch.load(path, weights_only=True))
+    encoder, images = build_encoder("squeezenet1_1", path), photographs(224)
+    with torch.no_grad():
+        maps = encoder(images).transpose(1, 2).unflatten(-1, encoder.grid) / encoder.scale
+        ours, theirs = whole.eval().classifier(maps).flatten(1), whole(images)
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
+
+
+def test_inception_loads_and_tells_photographs_apart():
+    encoder = build_encoder("inception_v3", shared_weights("inception_v3"))
+    with torch.no_grad():
+        features = encoder(photographs(299, 4))
+    assert features.isfinite().all() and 0.2 < features.mean() < 3
+    earlier = build_encoder("inception_v3_6e", shared_weights("inception_v3"))
+    assert torch.equal(earlier.net.Mixed_6e.branch1x1.conv.weight, encoder.net.Mixed_6e.branch1x1.conv.weight)
+
+
+def test_torchvisions_inception_takes_our_normalisation():
+    network = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=True).double().eval()
+    encoder = build_encoder("inception_v3", "random").double()
+    encoder.net.load_state_dict({key: network.state_dict()[key] for key in encoder.net.state_dict()})
+    encoders._fold_input_transform(encoder.net.Conv2d_1a_3x3)
+    image = torch.randn(1, 3, 139, 139, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.net.Conv2d_1a_3x3(image), network.Conv2d_1a_3x3(network._transform_input(image)), rtol=1e-9, atol=1e-12)
+
+
+def test_the_hash_tells_weights_apart():
+    torch.manual_seed(1)
+    one, other = build_encoder("scenes_vgg", "random"), build_encoder("scenes_vgg", "random")
+    assert one.weights_hash() != other.weights_hash()
+    other.load_state_dict(one.state_dict())
+    assert one.weights_hash() == other.weights_hash()
+
+
+def test_unknown_names_and_weights_of_others_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no encoder 'alexnet'"):
+        build_encoder("alexnet")
+    with pytest.raises(UserError, match="there is no file"):
+        build_encoder("vgg16", tmp_path / "missing.pth")
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        build_encoder("vgg16", tmp_path / "wrong.pth")
