@@ -4,7 +4,10 @@
     python explain.py a.jpg b.jpg --checkpoint checkpoints/flickr8k-gridtd.pt --output explanations
     python explain.py photo.jpg --caption "a dog on the grass"          # explain this caption instead of the captioner's own
 
-For each image and method it writes NAME-METHOD.png (a figure), .npz (the relevance maps, not normalised) and .json.
+    python explain.py photo.jpg --method lrp gradcam attention          # and lay several methods side by side
+
+For each image and method it writes NAME-METHOD.png (a figure), .npz (the relevance maps, not normalised) and .json; for
+several methods also NAME-methods.png.
 """
 
 import argparse
@@ -92,6 +95,31 @@ def draw_word(picture, below, image, explanation, t):
     draw_words(below, ["<start>", *explanation.words][: t + 1], explanation.word_relevance[t, : t + 1].numpy())
 
 
+def comparison_figure(image, explanations):
+    """A matplotlib Figure of {method: Explanation of the same caption}: a row of heat maps for each method, a column a word."""
+    words = next(iter(explanations.values())).words
+    size, label = 0.6 * PANEL, 1.35
+    width, height = label + size * len(words), TITLE + size * len(explanations)
+    figure = Figure(figsize=(width, height))
+    for row, (method, explanation) in enumerate(explanations.items()):
+        bottom = (len(explanations) - 1 - row) * size
+        figure.text(0.08 / width, (bottom + size / 2) / height, method.replace("_", " "), fontsize=10, va="center")
+        for t, word in enumerate(words):
+            axes = figure.add_axes(((label + t * size + 0.03) / width, (bottom + 0.03) / height, (size - 0.06) / width, (size - 0.06) / height))
+            axes.imshow(overlay(image, explanation.image_relevance[t].numpy()), interpolation="lanczos")
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(word, fontsize=11, fontweight="bold", pad=4)
+    return figure
+
+
+def save_figure(figure, path):
+    """Write a figure to `path`, whole or not at all; returns the path."""
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return path
+
+
 def write_explanation(stem, image, explanation, about):
     """Write stem.png, stem.npz and stem.json; returns the path of the figure."""
     arrays = {name: value.numpy() for name, value in vars(explanation).items() if isinstance(value, torch.Tensor)}
@@ -100,10 +128,7 @@ def write_explanation(stem, image, explanation, about):
     numbers = {name: arrays[name].tolist() for name in ("scores", "probabilities", "word_relevance", "beta") if name in arrays}
     sums = arrays["image_relevance"].sum(axis=(1, 2)).tolist()
     write_json(stem.with_suffix(".json"), {**about, "words": explanation.words, **numbers, "image_relevance_sum": sums})
-    figure = explanation_figure(image, explanation)
-    with write_atomically(stem.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, dpi=110)
-    return stem.with_suffix(".png")
+    return save_figure(explanation_figure(image, explanation), stem.with_suffix(".png"))
 
 
 def build_parser():
@@ -132,12 +157,16 @@ def main():
         captions = captioner.caption(pixels, beam_size=args.beam_size)
     else:
         captions = [tokenize(args.caption)] * len(images)
-    for method in args.method:
-        explanations = captioner.explain(pixels, captions, method=method)
-        for path, image, explanation in zip(args.images, images, explanations):
-            about = {**provenance(args.seed, args.checkpoint), "image": str(path), "method": method}
-            figure = write_explanation(Path(args.output) / f"{Path(path).stem}-{method}", image, explanation, about)
-            print(f"{path}: {' '.join(explanation.words)}\n  explained in {figure}")
+    explained = {method: captioner.explain(pixels, captions, method) for method in args.method}
+    for index, (path, image) in enumerate(zip(args.images, images)):
+        print(f"{path}: {' '.join(captions[index])}")
+        stem, about = Path(args.output) / Path(path).stem, {**provenance(args.seed, args.checkpoint), "image": str(path)}
+        explanations = {method: found[index] for method, found in explained.items()}
+        for method, explanation in explanations.items():
+            figure = write_explanation(stem.with_name(f"{stem.name}-{method}"), image, explanation, {**about, "method": method})
+            print(f"  explained in {figure}")
+        if len(explanations) > 1:
+            print(f"  side by side in {save_figure(comparison_figure(image, explanations), stem.with_name(f'{stem.name}-methods.png'))}")
 
 
 if __name__ == "__main__":

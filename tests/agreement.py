@@ -18,13 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from captiondata import image_transform, load_image  # noqa: E402 (the path comes first)
+from captioner import METHODS  # noqa: E402
+from oracle_gradients import all_word_gradients, explain_words  # noqa: E402
 from oracle_lrp import gridtd_lrp  # noqa: E402
 from oracle_models import adaptive_lrp, aoa_lrp, graph_lrp  # noqa: E402
 from test_lrp_utils import random_captioner, relative_difference  # noqa: E402
 
 ENCODERS = ("scenes_vgg", "vgg16", "resnet101", "squeezenet1_1", "inception_v3")
 MODELS = ("adaptive", "gridtd", "aoa")
-CAPTION = [3, 7, 12]
+CAPTION = [3, 7]
 
 
 def chain(*modules):
@@ -100,6 +102,21 @@ def lrp_disagreement(captioner, image, ids):
     }
 
 
+def gradient_disagreements(captioner, image, ids):
+    """The same for every gradient-based method, over all words: {method: {...}}."""
+    parameters = {name: value.detach() for name, value in captioner.state_dict().items()}
+    config, encoder = captioner.config, captioner.encoder
+    words = all_word_gradients(config.model_type, parameters, encoder, config.num_head, image, ids, captioner.vocabulary.start)
+    found = {}
+    for method in METHODS.keys() - {"lrp"}:
+        ours = captioner.explain(image[None], [captioner.vocabulary.decode(ids)], method)[0]
+        pixels, regions, inputs = explain_words(method, words, encoder.grid)
+        found[method] = {"regions": relative_difference(ours.region_relevance, regions), "pixels": relative_difference(ours.image_relevance, pixels)}
+        if method != "attention":  # which says nothing of words
+            found[method]["words"] = relative_difference(ours.word_relevance, inputs)
+    return found
+
+
 def default_photograph():
     photographs = sorted((ROOT / "../shared/data/coco2017/val2017").glob("*.jpg"))
     return photographs[0] if photographs else ROOT / "data/demo/lamb.jpg"
@@ -113,8 +130,10 @@ def main():
         for model_type in MODELS:
             captioner = random_captioner(encoder, model_type=model_type)
             pixels = image_transform(captioner.encoder.image_size)(image).double()
-            found = lrp_disagreement(captioner, pixels, CAPTION)
-            print(f"{model_type:10s} {encoder:14s} {'lrp':17s} " + "  ".join(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
+            rows = {"lrp": lrp_disagreement(captioner, pixels, CAPTION)} | gradient_disagreements(captioner, pixels, CAPTION)
+            for method, found in rows.items():
+                values = "  ".join(f"{name} {value:.1e}" for name, value in found.items())
+                print(f"{model_type:10s} {encoder:14s} {method:17s} {values}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from captioner import METHODS
 from explain import explanation_figure, heat_map, overlay
 from test_lrp_utils import random_captioner
 
@@ -41,6 +42,13 @@ def test_it_writes_figure_maps_and_numbers(workplace):
     assert maps["image_relevance"].shape == (3, 128, 128) and numbers["method"] == "lrp"
     np.testing.assert_allclose(numbers["word_relevance"], maps["word_relevance"], rtol=1e-6)
     assert not [path for path in (workplace / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_several_methods_stand_side_by_side(workplace):
+    done = explain(workplace, "photo.jpg", "--caption", "w1 w2 w3", "--method", *METHODS, "--output", "several")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (workplace / "several").iterdir()}
+    assert names == {f"photo-{method}.{kind}" for method in METHODS for kind in ("png", "npz", "json")} | {"photo-methods.png"}
 
 
 @pytest.mark.parametrize("arguments, message", [
