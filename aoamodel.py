@@ -43,8 +43,8 @@ class AoACaptioner(Captioner):
         return {
             "regions": regions,
             "mean": mean,
-            "keys": self._by_head(self.key(regions)),
-            "values": self._by_head(rules.epsilon(self.value(regions))),
+            "keys": rules.factor(self._by_head(rules.epsilon(self.key(regions)))),
+            "values": rules.factor(self._by_head(rules.epsilon(self.value(regions)))),
             "image_gates": F.linear(mean, image_weight, bias).unsqueeze(1),
         }
 
@@ -78,9 +78,9 @@ class AoACaptioner(Captioner):
 
     def _attend(self, hidden, memory, rules):
         """hidden (B, M, H) -> c + h (B, M, H) and alpha (B, M, heads, L), for any M captions or steps."""
-        query = self._by_head(self.query(hidden))  # (B, heads, M, H/heads)
-        alpha = (query @ memory["keys"].transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
-        weights = rules.constant(F.dropout(alpha, ATTENTION_DROPOUT, self.training))
+        query = rules.factor(self._by_head(rules.epsilon(self.query(hidden))))  # (B, heads, M, H/heads)
+        alpha = rules.epsilon(query @ memory["keys"].transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
+        weights = rules.weights(F.dropout(alpha, ATTENTION_DROPOUT, self.training))
         context = rules.epsilon((weights @ memory["values"]).transpose(1, 2).flatten(2))
         gate = rules.constant(torch.sigmoid(self.context_gate(hidden)))
         context = gate * rules.epsilon(self.context_projection(context))

@@ -10,7 +10,7 @@ memory, rules)`; the same forward serves training, decoding, gradients and LRP, 
 
 import pkgutil
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Callable
 
 import torch
@@ -21,7 +21,7 @@ from commandline import UserError, write_atomically
 from decoding import DECODERS
 from encoder import ENCODERS, Encoder
 from gradient_utils import GuidedReLU, attention_map, grad_cam, gradient, guided_grad_cam, input_x_gradient
-from lrp_utils import LRP, AlphaOneBetaZero, TrueGradient
+from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient
 
 IMAGES_PER_BATCH = 64  # when captioning
 PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
@@ -190,21 +190,27 @@ class Captioner(nn.Module):
             captions += self.decode(features, method, beam_size, max_length)
         return captions
 
-    def explain(self, images, captions=None, method="lrp"):
+    def explain(self, images, captions=None, method="lrp", through_attention=False):
         """Explain every word of a caption of every image.
 
         images: (B, 3, H, W), ImageNet-normalised; captions: B lists of words, or None to decode them first (3 beams);
-        method: one of METHODS. Returns B Explanations. Raises UserError for another method, an empty caption or a word
-        that the captioner cannot say.
+        method: one of METHODS; through_attention: let LRP go through the attention scores of the multi-head captioner too
+        (AttnLRP). Returns B Explanations. Raises UserError for another method, an empty caption or a word that the
+        captioner cannot say.
         """
         if method not in METHODS:
             raise UserError(f"there is no explanation method '{method}'; choose from {', '.join(METHODS)}")
+        chosen = METHODS[method]
+        if through_attention:
+            if method != "lrp" or self.config.model_type != "aoa":
+                raise UserError("only LRP of the multi-head captioner (aoa) can go through the attention scores")
+            chosen = replace(chosen, rules=AttnLRP)
         captions = self.caption(images) if captions is None else captions
         ids = [self._explainable_ids(words) for words in captions]
         encoder, explanations = self.encoder.folded(), []
         for chunk in self._chunks(images, ids):
             with evaluating(self):
-                explanations += self._explain_chunk(images[chunk].to(self.device), ids[chunk], METHODS[method], encoder)
+                explanations += self._explain_chunk(images[chunk].to(self.device), ids[chunk], chosen, encoder)
         return explanations
 
     def _explainable_ids(self, words):

@@ -137,6 +137,7 @@ def build_parser():
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["lrp"], help="how to explain (default: lrp)")
+    parser.add_argument("--through_attention", action="store_true", help="LRP of a multi-head captioner: go through the attention scores too (AttnLRP)")
     parser.add_argument("--caption", help="explain this caption instead of the captioner's own")
     parser.add_argument("--beam_size", type=int, default=3, help="beams when captioning (default: %(default)s)")
     parser.add_argument("--output", default="explanations", help="folder for what is written (default: %(default)s)")
@@ -157,7 +158,7 @@ def main():
         captions = captioner.caption(pixels, beam_size=args.beam_size)
     else:
         captions = [tokenize(args.caption)] * len(images)
-    explained = {method: captioner.explain(pixels, captions, method) for method in args.method}
+    explained = {method: captioner.explain(pixels, captions, method, args.through_attention and method == "lrp") for method in args.method}
     for index, (path, image) in enumerate(zip(args.images, images)):
         print(f"{path}: {' '.join(captions[index])}")
         stem, about = Path(args.output) / Path(path).stem, {**provenance(args.seed, args.checkpoint), "image": str(path)}

@@ -58,6 +58,12 @@ class TrueGradient:
     def constant(x):
         return x
 
+    @staticmethod
+    def factor(x):
+        return x
+
+    weights = factor
+
 
 class LRP:
     """The decoder rules of LRP; `epsilon` is the stabiliser of every linear layer and sum (paper: 0.01)."""
@@ -78,11 +84,33 @@ class LRP:
         return x.detach()
 
     @staticmethod
+    def weights(alpha):
+        """Attention weights of heads: constants too; all relevance goes through the values (the paper's choice)."""
+        return alpha.detach()
+
+    @staticmethod
+    def factor(x):
+        """What is multiplied by attention weights, or makes them: as it is."""
+        return x
+
+    @staticmethod
     def tanh(g):
         """tanh(g), with R(g) = R(tanh g): the backward is tanh(g)/g, and 1 (its limit) at g = 0."""
         value = g.detach()
         output = value.tanh()
         return _ScaledBackward.apply(g, output, torch.where(value == 0, 1, safe_ratio(output, value)))
+
+
+class AttnLRP(LRP):
+    """LRP that also goes through the attention scores (Achtibat et al. 2024): the two factors of a product share its relevance
+    equally (Prop. 3.3), and softmax hands on x * (R - s sum R) (Prop. 3.1), which for c = R / value is its own gradient."""
+
+    @staticmethod
+    def factor(x):
+        """One factor of a product: it gets half of the product's relevance."""
+        return _ScaledBackward.apply(x, x.detach(), torch.full_like(x, 0.5).detach())
+
+    weights = factor
 
 
 class _AlphaOneBetaZero(torch.autograd.Function):

@@ -8,9 +8,10 @@ from torch import nn
 
 from captiondata import Vocabulary
 from captioner import CaptionerConfig, Method, build_captioner
+from commandline import UserError
 from encoder import build_encoder
 from gradient_utils import input_x_gradient
-from lrp_utils import LRP, AlphaOneBetaZero, TrueGradient, stabilize
+from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, stabilize
 from oracle_lrp import encoder_lrp, gridtd_forward, gridtd_lrp
 
 
@@ -182,3 +183,52 @@ def test_tanh_rule_at_zero_is_its_limit():
     g = torch.tensor([0.0, 1e-30, 2.0], dtype=torch.float64, requires_grad=True)
     (c,) = torch.autograd.grad(LRP.tanh(g).sum(), g)
     np.testing.assert_allclose(c, [1, 1, np.tanh(2) / 2])
+
+
+def attnlrp_by_hand(query, keys, values, R_context, epsilon):
+    """AttnLRP of one head and one query, by its propositions: query (d,), keys and values (L, d), R(context) (d,) ->
+    R(query), R(keys), R(values). Every product gives half of its relevance to each factor."""
+    scores = keys @ query / np.sqrt(len(query))
+    alpha = np.exp(scores) / np.exp(scores).sum()
+    context = alpha @ values
+    R_values, R_alpha = np.zeros_like(values), np.zeros_like(alpha)
+    for p in range(len(alpha)):
+        products = alpha[p] * values[p] * R_context / (context + epsilon * np.where(context < 0, -1, 1))
+        R_values[p], R_alpha[p] = products / 2, products.sum() / 2
+    R_scores = scores * (R_alpha - alpha * R_alpha.sum())
+    R_query, R_keys = np.zeros_like(query), np.zeros_like(keys)
+    for p in range(len(alpha)):
+        stabilised = scores[p] + epsilon * (-1 if scores[p] < 0 else 1)
+        products = query * keys[p] / np.sqrt(len(query)) * R_scores[p] / stabilised
+        R_query, R_keys[p] = R_query + products / 2, products / 2
+    return R_query, R_keys, R_values
+
+
+def test_attnlrp_follows_its_propositions():
+    captioner = random_captioner(model_type="aoa", num_head=1)
+    with torch.no_grad():  # the projections do nothing, so that _attend is the attention alone
+        for layer in (captioner.query, captioner.context_projection):
+            layer.weight.copy_(torch.eye(16)), layer.bias.zero_()
+        captioner.context_gate.weight.zero_(), captioner.context_gate.bias.fill_(100)
+    rules = AttnLRP(epsilon=1e-9)  # next to nothing at the other sites
+    hidden, keys, values = (torch.randn(1, n, 16, dtype=torch.float64, requires_grad=True) for n in (1, 5, 5))
+    memory = {"keys": rules.factor(keys.unsqueeze(1)), "values": rules.factor(values.unsqueeze(1))}
+    output, _ = captioner._attend(hidden, memory, rules)
+    c = torch.randn(16, dtype=torch.float64)
+    found = [leaf * slope for leaf, slope in zip((hidden, keys, values), torch.autograd.grad((output * c).sum(), (hidden, keys, values)))]
+    context = torch.nn.functional.scaled_dot_product_attention(hidden, keys, values)
+    R_query, R_keys, R_values = attnlrp_by_hand(*(leaf[0].detach().numpy() for leaf in (hidden[0:1, 0:1].squeeze(1), keys, values)),
+                                                (context[0, 0] * c).detach().numpy(), 0)
+    assert relative_difference(found[1][0], R_keys) < 1e-6
+    assert relative_difference(found[2][0], R_values) < 1e-6
+    assert relative_difference(found[0][0, 0] - hidden[0, 0].detach() * c, R_query) < 1e-6  # less what comes by c + h
+
+
+def test_attnlrp_is_an_option_of_the_multi_head_captioner_only():
+    image, caption = torch.randn(1, 3, 128, 128, dtype=torch.float64), [["w1", "w2", "w3"]]
+    captioner = random_captioner(model_type="aoa")
+    plain, through = (captioner.explain(image, caption, through_attention=choice)[0] for choice in (False, True))
+    assert torch.equal(plain.scores, through.scores) and relative_difference(through.region_relevance, plain.region_relevance) > 1e-3
+    for model_type, method in (("gridtd", "lrp"), ("aoa", "gradient")):
+        with pytest.raises(UserError, match="only LRP of the multi-head captioner"):
+            random_captioner(model_type=model_type).explain(image, caption, method, through_attention=True)
