@@ -37,11 +37,13 @@ class AoACaptioner(Captioner):
         mean's and the biases' part of the LSTM's pre-activations.
         """
         regions = torch.relu(rules.epsilon(self.image_projection(features)))
-        mean = rules.epsilon(regions.mean(dim=1))
+        mask = self.encoder.region_mask(features)
+        mean = rules.epsilon(self.mean_region(regions, mask))
         image_weight = self.lstm.weight_ih_l0[:, self.config.embed_dim :]
         bias = self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
         return {
             "regions": regions,
+            "mask": mask,
             "mean": mean,
             "keys": rules.factor(self._by_head(rules.epsilon(self.key(regions)))),
             "values": rules.factor(self._by_head(rules.epsilon(self.value(regions)))),
@@ -79,7 +81,10 @@ class AoACaptioner(Captioner):
     def _attend(self, hidden, memory, rules):
         """hidden (B, M, H) -> c + h (B, M, H) and alpha (B, M, heads, L), for any M captions or steps."""
         query = rules.factor(self._by_head(rules.epsilon(self.query(hidden))))  # (B, heads, M, H/heads)
-        alpha = rules.epsilon(query @ memory["keys"].transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
+        scores = rules.epsilon(query @ memory["keys"].transpose(-1, -2) * query.shape[-1] ** -0.5)
+        if memory["mask"] is not None:
+            scores = scores.masked_fill(~memory["mask"][:, None, None], -torch.inf)
+        alpha = scores.softmax(dim=-1)
         weights = rules.weights(F.dropout(alpha, ATTENTION_DROPOUT, self.training))
         context = rules.epsilon((weights @ memory["values"]).transpose(1, 2).flatten(2))
         gate = rules.constant(torch.sigmoid(self.context_gate(hidden)))

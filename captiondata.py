@@ -128,18 +128,34 @@ def files_hash(entries):
     return hashlib.sha256("\n".join(entry["file"] for entry in entries).encode()).hexdigest()[:16]
 
 
+def load_regions(path, count=36):
+    """Bottom-up features of one image, in the original's HDF5 format: features float32 (count, D), padded with zeros, and
+    boxes (n, 4) of the n <= count real regions, x1 y1 x2 y2 in pixels. UserError naming the file if it holds none."""
+    try:
+        with h5py.File(path, "r") as file:
+            features, boxes = (torch.from_numpy(file[name][:]).float() for name in ("image_features", "image_boxes"))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path} of region features") from None
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path} does not hold image_features and image_boxes ({error})") from None
+    if features.dim() != 2 or not 1 <= len(features) <= count or boxes.shape != (len(features), 4):
+        raise UserError(f"{path}: expected 1 to {count} regions with a box each, not features {tuple(features.shape)}")
+    return torch.cat([features, features.new_zeros(count - len(features), features.shape[1])]), boxes
+
+
 class CaptionDataset(Dataset):
     """One split of a prepared dataset, one item per image: (x, captions, index).
 
     x: float (3, H, W), the image after `transform` (None: as it is, in 0..1), or float (L, D), its row of
-    features-<features>.h5;
+    features-<features>.h5, or its bottom-up features in the folder `regions`, SPLIT/FILE.hdf5;
     captions: long (5, max_length + 2), each <start>, words, <end>, <pad> ...; index: int.
     Attributes: folder, split, info, vocabulary, entries (list of dicts of <split>.json), features_attributes (dict of
     the cache's attributes, or None). UserError if the folder, the split or a complete cache is missing.
     """
 
-    def __init__(self, folder, split, transform=None, features=None):
+    def __init__(self, folder, split, transform=None, features=None, regions=None):
         self.folder, self.split, self.transform, self.features = Path(folder), split, transform, features
+        self.regions = regions
         if not (self.folder / "info.json").exists():
             raise UserError(f"{folder} is not a prepared dataset; run: python preparedataset.py --output {folder} ...")
         self.info = read_json(self.folder / "info.json")
@@ -179,6 +195,8 @@ class CaptionDataset(Dataset):
         return {index: entry["captions"] for index, entry in enumerate(self.entries)}
 
     def _pixels(self, index):
+        if self.regions:
+            return load_regions(Path(self.regions) / self.split / f"{Path(self.entries[index]['file']).name}.hdf5")[0]
         image = self.image(index)
         return self.transform(image) if self.transform else v2.functional.pil_to_tensor(image) / 255
 

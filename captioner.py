@@ -76,7 +76,7 @@ class Explanation:
     words               T strings
     scores              (T,) the explained logits
     probabilities       (T,) softmax of the same
-    image_relevance     (T, H, W) signed relevance of the pixels, channels summed, not normalised
+    image_relevance     (T, H, W) signed relevance of the pixels, channels summed, not normalised; None for bottom-up features
     region_relevance    (T, L) of the encoder's region features, channels summed
     word_relevance      (T, T) row t: of the inputs 0..t = `<start>`, word 0 .. word t-1; zero above the diagonal
     attention           (T, heads, L), and `beta` (T,) the share of the visual sentinel, or None
@@ -85,7 +85,7 @@ class Explanation:
     words: list
     scores: torch.Tensor
     probabilities: torch.Tensor
-    image_relevance: torch.Tensor
+    image_relevance: torch.Tensor | None
     region_relevance: torch.Tensor
     word_relevance: torch.Tensor
     attention: torch.Tensor
@@ -126,6 +126,13 @@ class Captioner(nn.Module):
     def decoder_parameters(self):
         """All parameters but the encoder's."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")]
+
+    @staticmethod
+    def mean_region(regions, mask):
+        """The mean over the real regions: (B, L, H), bool (B, L) or None -> (B, H)."""
+        if mask is None:
+            return regions.mean(dim=1)
+        return (regions * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
     def unroll(self, embeddings, memory, rules=TrueGradient):
         """Teacher forcing: embeddings (B, N, T, E) of the inputs -> outputs (B, N, T, H) before the last layer,
@@ -193,7 +200,7 @@ class Captioner(nn.Module):
     def explain(self, images, captions=None, method="lrp", through_attention=False):
         """Explain every word of a caption of every image.
 
-        images: (B, 3, H, W), ImageNet-normalised; captions: B lists of words, or None to decode them first (3 beams);
+        images: (B, 3, H, W), ImageNet-normalised, or bottom-up features (B, L, D), padded with zeros; captions: B lists of words, or None to decode them first (3 beams);
         method: one of METHODS; through_attention: let LRP go through the attention scores of the multi-head captioner too
         (AttnLRP). Returns B Explanations. Raises UserError for another method, an empty caption or a word that the
         captioner cannot say.
@@ -205,6 +212,8 @@ class Captioner(nn.Module):
             if method != "lrp" or self.config.model_type != "aoa":
                 raise UserError("only LRP of the multi-head captioner (aoa) can go through the attention scores")
             chosen = replace(chosen, rules=AttnLRP)
+        if self.encoder.given and chosen.encoder is GuidedReLU:
+            raise UserError(f"{method} needs the CNN's pixels, and bottom-up features come without them")
         captions = self.caption(images) if captions is None else captions
         ids = [self._explainable_ids(words) for words in captions]
         encoder, explanations = self.encoder.folded(), []
@@ -230,21 +239,23 @@ class Captioner(nn.Module):
     def _explain_chunk(self, images, ids, method, encoder):
         """All words of all these images by one forward and one backward with T gradients an image."""
         inputs, targets = self._padded(ids)
-        images, rules = images.detach().requires_grad_(method.pixels), method.rules()
+        rules, through = method.rules(), method.pixels and not encoder.given
+        images = images.detach().requires_grad_(through)
         with torch.enable_grad():
             with method.encoder():
                 features = encoder(images)
-            features = features if method.pixels else features.detach().requires_grad_()
+            features = features if through else features.detach().requires_grad_()
             embeddings = self.embedding(inputs).detach().requires_grad_()
             outputs, attention, beta = self.unroll(embeddings.unsqueeze(1), self.look(features, rules), rules)
             outputs = outputs.squeeze(1)  # (B, T, H)
             scores = rules.epsilon((outputs * self.fc.weight[targets]).sum(-1) + self.fc.bias[targets])
-        leaves = (images, features, embeddings)
+        leaves = (None if encoder.given else images, features, embeddings)
         gradients = self._word_gradients(scores, leaves)
         with torch.no_grad():
             attention = attention.squeeze(1)  # (B, T, heads, L)
             maps = method.relevance(leaves, gradients, attention.transpose(0, 1), encoder.grid)
-            batch = dict(zip(("image_relevance", "region_relevance", "word_relevance"), (part.transpose(0, 1) for part in maps)))
+            names = ("image_relevance", "region_relevance", "word_relevance")
+            batch = {name: part.transpose(0, 1) for name, part in zip(names, maps) if part is not None}
             probabilities = self.fc(outputs).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             batch |= {"scores": scores, "probabilities": probabilities, "attention": attention}
         return [self._explanation(row, caption, batch, beta) for row, caption in enumerate(ids)]
@@ -254,15 +265,16 @@ class Captioner(nn.Module):
         """scores (B, T) of T words -> for each leaf (B, ...) its gradients (T, B, ...), None for one that wants none."""
         words = scores.shape[1]
         seeds = torch.eye(words).to(scores).unsqueeze(1).expand(-1, len(scores), -1)  # (T, B, T): gradient t is of word t
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(scores, wanted, seeds, is_grads_batched=True))
-        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
 
     def _explanation(self, row, ids, batch, beta):
         """The Explanation of one image, cut out of a padded batch."""
         length = len(ids)
         parts = {name: value[row, :length].detach().cpu() for name, value in batch.items()}
         parts["word_relevance"] = parts["word_relevance"][:, :length]
+        parts.setdefault("image_relevance", None)
         beta = None if beta is None else beta[row, 0, :length].detach().cpu()
         return Explanation(words=self.vocabulary.decode(ids), beta=beta, **parts)
 

@@ -60,10 +60,10 @@ def without_tail(network, name):
 class EncoderSpec:
     """What is fixed about an encoder; `scale` brings the mean activation near that of VGG16, and is part of the encoder."""
 
-    layers: Callable  # () -> nn.Sequential, random weights
+    layers: Callable  # () -> nn.Sequential, random weights; empty where the regions' features are given
     pretrained: str | None  # torchvision's name of the network that carries the ImageNet weights
     out_channels: int
-    image_size: int
+    image_size: int | None
     grid: tuple
     scale: float = 1.0
 
@@ -78,6 +78,8 @@ ENCODERS = {
     ),
     "inception_v3": EncoderSpec(lambda: inception_v3_layers("Mixed_7a"), "inception_v3", 1280, 299, (8, 8), scale=5.0),
     "inception_v3_6e": EncoderSpec(lambda: inception_v3_layers("Mixed_6e"), "inception_v3", 768, 299, (17, 17), scale=10.0),
+    # Features of at most 36 boxes from an object detector (Anderson et al. 2018), which stands outside of this project.
+    "bottom_up": EncoderSpec(nn.Sequential, None, 2048, None, (36, 1)),
 }
 
 
@@ -91,9 +93,18 @@ class Encoder(nn.Module):
         self.scale = spec.scale
         self.net = spec.layers()
 
+    @property
+    def given(self):
+        """Whether region features are given from outside, and no image is looked at."""
+        return self.image_size is None
+
     def forward(self, images):
-        """images (B, 3, S, S), ImageNet-normalised -> region features (B, L, D), row by row."""
-        return self.net(images).flatten(2).transpose(1, 2) * self.scale
+        """images (B, 3, S, S), ImageNet-normalised -> region features (B, L, D), row by row; given features as they are."""
+        return images if self.given else self.net(images).flatten(2).transpose(1, 2) * self.scale
+
+    def region_mask(self, features):
+        """Which of the regions (B, L, D) are real: bool (B, L); padding is all zero. None where all are."""
+        return features.ne(0).any(dim=-1) if self.given else None
 
     def folded(self):
         """This encoder with every batch-norm merged into its convolution, as LRP wants it; itself if it has none."""

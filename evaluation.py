@@ -123,6 +123,13 @@ def dataset_folder(name):
     return Path("data") / name if Path(name).name == name else Path(name)
 
 
+def open_split(folder, split, encoder):
+    """The split as the encoder wants it: images, or cached features where no image is looked at."""
+    if encoder.given:
+        return CaptionDataset(folder, split, features=encoder.name)
+    return CaptionDataset(folder, split, image_transform(encoder.image_size))
+
+
 def main():
     """Caption a split, measure, print and write."""
     args = build_parser().parse_args()
@@ -131,7 +138,7 @@ def main():
     set_seed(args.seed)
     captioner = load_captioner(args.checkpoint, choose_device(args.device))
     folder = dataset_folder(args.dataset)
-    dataset = CaptionDataset(folder, args.split, image_transform(captioner.encoder.image_size))
+    dataset = open_split(folder, args.split, captioner.encoder)
     dataset.entries = dataset.entries[: args.limit]
     decoding = {"method": args.decoding, "beam_size": args.beam_size}
     predictions = decode_split(captioner, dataset, args.batch_size, args.workers, **decoding)

@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from captiondata import image_transform, load_image, tokenize
+from captiondata import image_transform, load_image, load_regions, tokenize
 from captioner import METHODS, load_captioner
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_atomically, write_json
 
@@ -120,6 +120,16 @@ def save_figure(figure, path):
     return path
 
 
+def paint_boxes(relevance, boxes, size):
+    """Relevance of regions (T, L), of which the first n have boxes (n, 4) x1 y1 x2 y2 in pixels, as maps (T, H, W): each
+    region's relevance is spread evenly over its box, overlapping boxes add. size: (H, W)."""
+    maps = torch.zeros(len(relevance), *size)
+    for values, (x1, y1, x2, y2) in zip(relevance.T, boxes.round().int().tolist()):
+        area = maps[:, max(y1, 0) : max(y2, y1 + 1), max(x1, 0) : max(x2, x1 + 1)]
+        area += values[:, None, None] / max(area[0].numel(), 1)
+    return maps
+
+
 def write_explanation(stem, image, explanation, about):
     """Write stem.png, stem.npz and stem.json; returns the path of the figure."""
     arrays = {name: value.numpy() for name, value in vars(explanation).items() if isinstance(value, torch.Tensor)}
@@ -137,12 +147,23 @@ def build_parser():
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["lrp"], help="how to explain (default: lrp)")
+    parser.add_argument("--regions", nargs="+", metavar="HDF5", help="bottom-up features of each image, for a captioner that wants them")
     parser.add_argument("--through_attention", action="store_true", help="LRP of a multi-head captioner: go through the attention scores too (AttnLRP)")
     parser.add_argument("--caption", help="explain this caption instead of the captioner's own")
     parser.add_argument("--beam_size", type=int, default=3, help="beams when captioning (default: %(default)s)")
     parser.add_argument("--output", default="explanations", help="folder for what is written (default: %(default)s)")
     add_common_flags(parser)
     return parser
+
+
+def read_inputs(args, encoder, images):
+    """What the encoder looks at, (B, 3, S, S) or (B, L, D), and for bottom-up features each image's boxes, else None."""
+    if encoder.given != bool(args.regions) or args.regions and len(args.regions) != len(images):
+        raise UserError("a captioner of bottom-up features, and only such a one, needs --regions with one HDF5 file for each image")
+    if not args.regions:
+        return torch.stack([image_transform(encoder.image_size)(image) for image in images]), None
+    features, boxes = zip(*map(load_regions, args.regions))
+    return torch.stack(features), boxes
 
 
 def main():
@@ -153,7 +174,7 @@ def main():
     set_seed(args.seed)
     captioner = load_captioner(args.checkpoint, choose_device(args.device))
     images = [load_image(path) for path in args.images]
-    pixels = torch.stack([image_transform(captioner.encoder.image_size)(image) for image in images])
+    pixels, boxes = read_inputs(args, captioner.encoder, images)
     if args.caption is None:
         captions = captioner.caption(pixels, beam_size=args.beam_size)
     else:
@@ -163,6 +184,9 @@ def main():
         print(f"{path}: {' '.join(captions[index])}")
         stem, about = Path(args.output) / Path(path).stem, {**provenance(args.seed, args.checkpoint), "image": str(path)}
         explanations = {method: found[index] for method, found in explained.items()}
+        if boxes:
+            for explanation in explanations.values():
+                explanation.image_relevance = paint_boxes(explanation.region_relevance, boxes[index], image.size[::-1])
         for method, explanation in explanations.items():
             figure = write_explanation(stem.with_name(f"{stem.name}-{method}"), image, explanation, {**about, "method": method})
             print(f"  explained in {figure}")

@@ -3,7 +3,7 @@
 Each function takes what one backward pass gave and returns relevance of pixels (T, B, H, W), regions (T, B, L) and
 preceding words (T, B, T), for T words of B images. Its arguments, alike for all:
 
-    leaves      images (B, 3, H, W), features A (B, L, D), embeddings of the inputs (B, T, E)
+    leaves      images (B, 3, H, W) or None for features without images, features A (B, L, D), embeddings of the inputs (B, T, E)
     gradients   of the explained logits with respect to these, the explained word first: (T, B, ...)
     attention   (T, B, heads, L)
     grid        (h, w) of the regions
@@ -40,12 +40,13 @@ class _GuidedReLU(torch.autograd.Function):
 def gradient(leaves, gradients, attention, grid):
     """The gradient itself, summed over channels and embedding dimensions (Simonyan et al. 2014)."""
     pixels, regions, words = gradients
-    return pixels.sum(2), regions.sum(-1), words.sum(-1)
+    return None if pixels is None else pixels.sum(2), regions.sum(-1), words.sum(-1)
 
 
 def input_x_gradient(leaves, gradients, attention, grid):
     """Gradient x input, summed likewise; under the rules of LRP this is relevance (lrp_utils.py)."""
-    return gradient(leaves, [leaf * slope for leaf, slope in zip(leaves, gradients)], attention, grid)
+    products = [None if slope is None else leaf * slope for leaf, slope in zip(leaves, gradients)]
+    return gradient(leaves, products, attention, grid)
 
 
 def grad_cam(leaves, gradients, attention, grid):
@@ -53,7 +54,7 @@ def grad_cam(leaves, gradients, attention, grid):
     images, features, _ = leaves
     weights = gradients[1].mean(dim=2, keepdim=True)  # (T, B, 1, D)
     regions = (features * weights).sum(-1).clamp(min=0)
-    return enlarge(regions, grid, images.shape[-2:]), regions, gradients[2].sum(-1)
+    return enlarge(regions, grid, images), regions, gradients[2].sum(-1)
 
 
 def guided_grad_cam(leaves, gradients, attention, grid):
@@ -67,9 +68,12 @@ def attention_map(leaves, gradients, attention, grid):
     images, _, embeddings = leaves
     regions = attention.mean(dim=2)
     words = embeddings.new_zeros(len(regions), *embeddings.shape[:2])
-    return enlarge(regions, grid, images.shape[-2:]), regions, words
+    return enlarge(regions, grid, images), regions, words
 
 
-def enlarge(regions, grid, size):
-    """Values of regions (T, B, L) as maps (T, B, H, W), interpolated bilinearly between the centres of the regions."""
-    return F.interpolate(regions.unflatten(-1, grid), size=tuple(size), mode="bilinear", align_corners=False)
+def enlarge(regions, grid, images):
+    """Values of regions (T, B, L) as maps (T, B, H, W) of the images' size, interpolated bilinearly between the centres of the
+    regions; None without images."""
+    if images is None:
+        return None
+    return F.interpolate(regions.unflatten(-1, grid), size=tuple(images.shape[-2:]), mode="bilinear", align_corners=False)

@@ -30,9 +30,10 @@ class AdaptiveAttention(Captioner):
     def _see(self, features, rules):
         """features (B, L, D) -> regions V (B, L, H), their part of eq. 2 (B, L, H), and the global feature v_g (B, E)."""
         regions = torch.relu(rules.epsilon(self.image_projection(features)))
-        mean = rules.epsilon(features.mean(dim=1))
+        mask = self.encoder.region_mask(features)
+        mean = rules.epsilon(self.mean_region(features, mask))
         global_feature = torch.relu(rules.epsilon(self.global_projection(mean)))
-        return {"regions": regions, "keys": self.attention_visual(regions)}, global_feature
+        return {"regions": regions, "mask": mask, "keys": self.attention_visual(regions)}, global_feature
 
     def _gate_weights(self, weight_ih, weight_hh, bias):
         """The LSTM's and the sentinel gate's weights as one: over its input (5H, input), over h (5H, H), biases (5H)."""
@@ -51,6 +52,8 @@ class AdaptiveAttention(Captioner):
         query = self.attention_hidden(hidden)
         keys = torch.tanh(memory["keys"].unsqueeze(1) + query.unsqueeze(2))  # (B, N, L, H)
         scores = self.attention_score(keys).squeeze(-1)
+        if memory["mask"] is not None:
+            scores = scores.masked_fill(~memory["mask"].unsqueeze(1), -torch.inf)
         sentinel_score = self.attention_score(torch.tanh(self.attention_sentinel(sentinel) + query))
         alpha = scores.softmax(dim=-1)
         beta = torch.cat([scores, sentinel_score], dim=-1).softmax(dim=-1)[..., -1:]
@@ -68,7 +71,7 @@ class AdaptiveCaptioner(AdaptiveAttention):
 
     def __init__(self, config, vocabulary, encoder):
         super().__init__(config, vocabulary, encoder, input_dim=2 * config.embed_dim)
-        self.lstm = nn.LSTM(2 * config.embed_dim, config.hidden_dim)
+        self.lstm = nn.LSTM(2 * config.embed_dim, config.hidden_dim, batch_first=True)
 
     def look(self, features, rules=TrueGradient):
         """What every step needs of the image, computed once: features (B, L, D) -> dict of tensors."""
@@ -77,7 +80,7 @@ class AdaptiveCaptioner(AdaptiveAttention):
         weight, recurrent, bias = self._gate_weights(self.lstm.weight_ih_l0, self.lstm.weight_hh_l0, bias)
         memory["word_weight"], image_weight = weight.split(self.config.embed_dim, dim=1)
         memory["image_gates"] = F.linear(global_feature, image_weight, bias).unsqueeze(1)
-        return {**memory, "recurrent": recurrent}
+        return {**memory, "global": global_feature, "recurrent": recurrent}
 
     def start(self, memory, captions=1):
         """The state (h, m) before the first word: zeros (B, N, H) each."""
@@ -90,6 +93,22 @@ class AdaptiveCaptioner(AdaptiveAttention):
         hidden, cell, sentinel = self._sentinel_lstm(gates, cell, rules)
         context, alpha, beta = self._attend(hidden, sentinel, memory, rules)
         return rules.epsilon(context + hidden), (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
+
+    def unroll(self, embeddings, memory, rules=TrueGradient):
+        """As Captioner.unroll. Nothing of the attention goes back into the LSTM, so all steps are taken at once, unless by
+        LRP's rules; tanh of the cell, which nn.LSTM keeps to itself, is h over the output gate."""
+        if rules.stepwise:
+            return super().unroll(embeddings, memory, rules)
+        batch, captions, steps, _ = embeddings.shape
+        image = memory["global"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
+        hidden = self.lstm(torch.cat([embeddings, image], dim=-1).flatten(0, 1))[0]  # (B*N, T, H)
+        before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
+        hidden, before = (part.reshape(batch, captions * steps, -1) for part in (hidden, before))
+        gates = self.word_inputs(embeddings.flatten(1, 2), memory) + memory["image_gates"] + F.linear(before, memory["recurrent"])
+        output_gate, sentinel_gate = torch.sigmoid(gates[..., -2 * self.config.hidden_dim :]).chunk(2, dim=-1)
+        context, alpha, beta = self._attend(hidden, sentinel_gate * hidden / output_gate, memory, rules)
+        parts = context + hidden, alpha.unsqueeze(-2), beta.squeeze(-1)
+        return tuple(part.unflatten(1, (captions, steps)) for part in parts)
 
 
 class GridTDCaptioner(AdaptiveAttention):

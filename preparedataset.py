@@ -309,16 +309,17 @@ def _require_unique(ids, path):
         raise UserError(f"{path} lists the image id {doubled[0]} more than once ({len(doubled)} such ids)")
 
 
-def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu"):
+def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu", regions=None):
     """Write the features of all images to features-<encoder.name>.h5 in `folder`, float16 (n, L, D) a split, and the
-    encoder's weights beside them, so that training knows them.
+    encoder's weights beside them, so that training knows them. regions: the folder of bottom-up features, for that encoder.
 
     Goes on where an interrupted run stopped. UserError if the file was made with other weights or for other images.
     """
     path, stamp = features_path(folder, encoder.name), _stamp(encoder)
     encoder = encoder.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
     for split in read_json(Path(folder) / "info.json")["splits"]:
-        dataset = CaptionDataset(folder, split, image_transform(encoder.image_size))
+        transform = None if regions else image_transform(encoder.image_size)
+        dataset = CaptionDataset(folder, split, transform, regions=regions)
         with _opened(path) as file:
             done = _claim(file, stamp, dataset, encoder, path)
         with write_atomically(encoder_path(folder, encoder.name)) as temporary:
@@ -341,7 +342,7 @@ def _opened(path):
 
 
 def _stamp(encoder):
-    return {"encoder": encoder.name, "weights_hash": encoder.weights_hash(), "image_size": encoder.image_size}
+    return {"encoder": encoder.name, "weights_hash": encoder.weights_hash(), "image_size": encoder.image_size or 0}
 
 
 def _claim(file, stamp, dataset, encoder, path):
@@ -366,7 +367,7 @@ def _encode_batches(encoder, loader, device, split):
     with tqdm(total=len(loader.dataset), desc=split, unit="image") as bar:
         for images, _, indices in loader:
             with torch.inference_mode():
-                features = encoder(images.to(device, memory_format=torch.channels_last)).half().cpu().numpy()
+                features = encoder(images.to(device)).half().cpu().numpy()
             yield indices.numpy(), features
             bar.update(len(indices))
 
@@ -392,6 +393,8 @@ def parse_arguments(argv=None):
                         help="also cache the features of this encoder, e.g. vgg16 (default: none)")
     parser.add_argument("--encoder_weights", metavar="FILE",
                         help="torchvision state dict for --features, or 'random' (default: ImageNet's, downloaded)")
+    parser.add_argument("--regions", type=Path, metavar="FOLDER",
+                        help="for --features bottom_up: its SPLIT/IMAGE.hdf5 hold image_features and image_boxes")
     parser.add_argument("--batch_size", type=_count, default=32, help="images a step of --features (default: 32)")
     parser.add_argument("--workers", type=_count, default=2, help="processes that decode images (default: %(default)s)")
     group = parser.add_argument_group("scenes only")
@@ -423,7 +426,9 @@ def main():
     if args.features:
         set_seed(args.seed)
         encoder = build_encoder(args.features, args.encoder_weights)
-        cache_features(output, encoder, args.batch_size, args.workers, choose_device(args.device))
+        if encoder.given != bool(args.regions):
+            raise UserError("--features bottom_up and --regions FOLDER belong together")
+        cache_features(output, encoder, args.batch_size, args.workers, choose_device(args.device), args.regions)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,8 @@ def load_datasets(args, folder, image_size):
     cached = features_path(folder, args.encoder).exists() and not args.finetune_encoder
     if cached:
         return tuple(CaptionDataset(folder, split, features=args.encoder) for split in ("train", "val"))
+    if image_size is None:
+        raise UserError(f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER")
     transforms = image_transform(image_size, args.augment), image_transform(image_size)
     return tuple(CaptionDataset(folder, split, transform) for split, transform in zip(("train", "val"), transforms))
 

@@ -212,7 +212,7 @@ def test_attnlrp_follows_its_propositions():
         captioner.context_gate.weight.zero_(), captioner.context_gate.bias.fill_(100)
     rules = AttnLRP(epsilon=1e-9)  # next to nothing at the other sites
     hidden, keys, values = (torch.randn(1, n, 16, dtype=torch.float64, requires_grad=True) for n in (1, 5, 5))
-    memory = {"keys": rules.factor(keys.unsqueeze(1)), "values": rules.factor(values.unsqueeze(1))}
+    memory = {"mask": None, "keys": rules.factor(keys.unsqueeze(1)), "values": rules.factor(values.unsqueeze(1))}
     output, _ = captioner._attend(hidden, memory, rules)
     c = torch.randn(16, dtype=torch.float64)
     found = [leaf * slope for leaf, slope in zip((hidden, keys, values), torch.autograd.grad((output * c).sum(), (hidden, keys, values)))]
