@@ -68,8 +68,8 @@ class AoACaptioner(Captioner):
         return output, (hidden, cell), alpha, None
 
     def unroll(self, embeddings, memory, rules=TrueGradient):
-        """As Captioner.unroll. The true gradient takes all steps at once; LRP's rules need the LSTM step by step."""
-        if rules.stepwise:
+        """As Captioner.unroll, all steps at once where that can be."""
+        if not self.all_at_once(rules):
             return super().unroll(embeddings, memory, rules)
         batch, captions, steps, _ = embeddings.shape
         mean = memory["mean"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)

@@ -131,6 +131,7 @@ def bench_train(device, repeats):
 
     with torch.no_grad():
         difference = (captioner(features, inputs) - stepped_logits(captioner, features, inputs)).abs().max().item()
+    captioner.train()  # in eval mode gradients go step by step
     measured = {"once": all_at_once, "original": functools.partial(word_by_word, False), "steps": functools.partial(word_by_word, True)}
     times = seconds(measured, device, repeats)
     against = "the same model stepped word by word as the original does"

@@ -23,6 +23,7 @@ from encoder import ENCODERS, Encoder
 from gradient_utils import GuidedReLU, attention_map, grad_cam, gradient, guided_grad_cam, input_x_gradient
 from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient
 
+CHECKPOINT_FORMAT = "image captioner 1"
 IMAGES_PER_BATCH = 64  # when captioning
 PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
 
@@ -144,6 +145,11 @@ class Captioner(nn.Module):
             steps.append((output, *attention))
         return tuple(None if parts[0] is None else torch.stack(parts, dim=2) for parts in zip(*steps))
 
+    def all_at_once(self, rules):
+        """Whether an LSTM that does not wait for the attention may take a whole caption by nn.LSTM. LRP's rules act inside the
+        LSTM, and cuDNN's has a backward in training mode only."""
+        return not rules.stepwise and (self.training or not torch.is_grad_enabled())
+
     def forward(self, features, inputs, ss_prob=0.0):
         """features (B, L, D), inputs (B, N, T) word ids, N captions an image -> logits (B, N, T, V) of the next words.
 
@@ -161,8 +167,8 @@ class Captioner(nn.Module):
         state = self.start(memory, inputs.shape[1])
         for t in range(inputs.shape[2]):
             if t > 2:
-                replace = (torch.rand(predicted.shape, device=inputs.device) < ss_prob) & (inputs[:, :, t] != self.vocabulary.pad)
-                inputs[:, :, t] = torch.where(replace, predicted, inputs[:, :, t])
+                heads = torch.rand(predicted.shape, device=inputs.device) < ss_prob
+                inputs[:, :, t] = torch.where(heads & (inputs[:, :, t] != self.vocabulary.pad), predicted, inputs[:, :, t])
             log_probabilities, state = self.next_words(inputs[:, :, t], state, memory)
             predicted = log_probabilities.argmax(-1)
         return inputs
@@ -200,10 +206,10 @@ class Captioner(nn.Module):
     def explain(self, images, captions=None, method="lrp", through_attention=False):
         """Explain every word of a caption of every image.
 
-        images: (B, 3, H, W), ImageNet-normalised, or bottom-up features (B, L, D), padded with zeros; captions: B lists of words, or None to decode them first (3 beams);
-        method: one of METHODS; through_attention: let LRP go through the attention scores of the multi-head captioner too
-        (AttnLRP). Returns B Explanations. Raises UserError for another method, an empty caption or a word that the
-        captioner cannot say.
+        images: (B, 3, H, W), ImageNet-normalised, or bottom-up features (B, L, D), padded with zeros; captions: B lists of
+        words, or None to decode them first (3 beams); method: one of METHODS; through_attention: let LRP go through the
+        attention scores of the multi-head captioner too (AttnLRP). Returns B Explanations. Raises UserError for another
+        method, an empty caption or a word that the captioner cannot say.
         """
         if method not in METHODS:
             raise UserError(f"there is no explanation method '{method}'; choose from {', '.join(METHODS)}")
@@ -296,9 +302,6 @@ class Captioner(nn.Module):
         }
         with write_atomically(path) as temporary:
             torch.save(checkpoint, temporary)
-
-
-CHECKPOINT_FORMAT = "image captioner 1"
 
 
 @contextmanager

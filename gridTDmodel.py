@@ -95,9 +95,9 @@ class AdaptiveCaptioner(AdaptiveAttention):
         return rules.epsilon(context + hidden), (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
 
     def unroll(self, embeddings, memory, rules=TrueGradient):
-        """As Captioner.unroll. Nothing of the attention goes back into the LSTM, so all steps are taken at once, unless by
-        LRP's rules; tanh of the cell, which nn.LSTM keeps to itself, is h over the output gate."""
-        if rules.stepwise:
+        """As Captioner.unroll. Nothing of the attention goes back into the LSTM, so all steps can be taken at once; tanh of the
+        cell, which nn.LSTM keeps to itself, is h over the output gate."""
+        if not self.all_at_once(rules):
             return super().unroll(embeddings, memory, rules)
         batch, captions, steps, _ = embeddings.shape
         image = memory["global"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
