@@ -95,7 +95,7 @@ def region_relevance(captioner, features):
 class Given(nn.Module):
     """An encoder that gives these features for any image."""
 
-    grid = (3, 3)
+    grid, given = (3, 3), False
 
     def __init__(self, features):
         super().__init__()
@@ -106,6 +106,9 @@ class Given(nn.Module):
 
     def folded(self):
         return self
+
+    def region_mask(self, features):
+        return None
 
 
 if __name__ == "__main__":
