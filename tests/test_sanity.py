@@ -20,12 +20,13 @@ from captioner import METHODS, load_captioner  # noqa: E402
 from test_lrp_utils import random_captioner  # noqa: E402
 
 STAGES = ("fc", "language_lstm", "attention_lstm", "image_projection", "encoder")  # from the words to the pixels
+DRAWS = 5  # of random weights: one alone moves a correlation by tenths
 
 
-def randomised(stages):
+def randomised(stages, seed=0):
     """The captioner that ships, with the weights of these stages drawn anew, at their own scale."""
     captioner = load_captioner(ROOT / "checkpoints/scenes-gridtd.pt")
-    torch.manual_seed(0xAD)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in captioner.named_parameters():
             if name.startswith(stages) and parameter.dim() > 1:
@@ -39,9 +40,9 @@ def rank_correlation(one, other):
     return np.corrcoef(*ranks)[0, 1]
 
 
-def randomisation_correlations(method):
+def randomisation_correlations(method, depths=range(1, len(STAGES) + 1)):
     """The cascading randomisation of Adebayo et al. (2018): rank correlation of the maps of two object words with those of
-    the captioner whose last stage, last two stages, ... all stages are randomised."""
+    the captioner whose last stage, last two stages, ... all stages are randomised; the mean size over DRAWS draws."""
     image = image_transform(128)(load_image(ROOT / "data/demo/lamb.jpg"))[None]
     caption = ["a", "photo", "of", "a", "lamb", "with", "a", "guy"]
 
@@ -49,16 +50,19 @@ def randomisation_correlations(method):
         return captioner.explain(image, [caption], method)[0].image_relevance[[4, 7]]
 
     original = maps(randomised(()))
-    return [rank_correlation(original, maps(randomised(STAGES[:depth]))) for depth in range(1, len(STAGES) + 1)]
+    return [
+        np.mean([abs(rank_correlation(original, maps(randomised(STAGES[:depth], seed)))) for seed in range(DRAWS)])
+        for depth in depths
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_change_when_weights_are_randomised(method):
-    """All do once the encoder is random too. Guided backpropagation hardly heeds the decoder, attention not the last layer. The
-    bounds are wide: one draw of random weights moves a correlation by tenths."""
-    correlations = randomisation_correlations(method)
-    assert abs(correlations[-1]) < 0.5
-    assert abs(correlations[0]) < 0.9 or method in ("guided_backprop", "attention")
+    """All do once the encoder is random too. Guided backpropagation, and with it half of Guided Grad-CAM, hardly heeds the
+    decoder; attention does not depend on the last layer."""
+    last_layer, everything = randomisation_correlations(method, depths=(1, len(STAGES)))
+    assert everything < 0.5
+    assert last_layer < {"guided_gradcam": 0.8, "guided_backprop": 1, "attention": 1.01}.get(method, 0.6)
 
 
 def test_explaining_again_and_again_takes_no_more_memory_and_gives_the_same():
