@@ -16,15 +16,16 @@ from typing import Callable
 import torch
 from torch import nn
 
+import decoding
 from captiondata import Vocabulary
 from commandline import UserError, write_atomically
-from decoding import DECODERS
 from encoder import ENCODERS, Encoder
 from gradient_utils import GuidedReLU, attention_map, grad_cam, gradient, guided_grad_cam, input_x_gradient
 from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient
 
 CHECKPOINT_FORMAT = "image captioner 1"
-IMAGES_PER_BATCH = 64  # when captioning
+CAPTIONED_AT_ONCE = 64  # images
+IMAGES_PER_BATCH = {"cpu": 8}  # of the encoder when captioning; on a CPU more of them leave its cache
 PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
 
 
@@ -115,6 +116,9 @@ class Captioner(nn.Module):
         self.image_projection = nn.Linear(encoder.out_channels, config.hidden_dim)
         self.fc = nn.Linear(config.hidden_dim, len(vocabulary))
         self.dropout = nn.Dropout(config.dropout)
+        silence = torch.zeros(len(vocabulary))
+        silence[[vocabulary.pad, vocabulary.start, vocabulary.unk]] = -torch.inf
+        self.register_buffer("silence", silence, persistent=False)  # added to the log-probabilities of what may be said
 
     @property
     def device(self):
@@ -179,28 +183,40 @@ class Captioner(nn.Module):
         `<pad>`, `<start>` and `<unk>` are never said (-inf), so that every word of a caption can be explained.
         """
         output, state, *_ = self.step(self.word_inputs(self.embedding(words), memory), state, memory)
-        log_probabilities = self.fc(output).log_softmax(dim=-1)
-        silent = [self.vocabulary.pad, self.vocabulary.start, self.vocabulary.unk]
-        return log_probabilities.index_fill(-1, torch.tensor(silent, device=words.device), -torch.inf), state
+        return self.fc(output).log_softmax(dim=-1) + self.silence, state
 
     @torch.no_grad()
-    def decode(self, features, method="beam", beam_size=3, max_length=None):
-        """Region features (B, L, D) -> B captions, each a list of words. `method`: one of decoding.DECODERS."""
-        if method not in DECODERS:
-            raise UserError(f"there is no decoding '{method}'; choose from {', '.join(DECODERS)}")
-        options = {"beam_size": beam_size} if method == "beam" else {}
+    def decode(self, features, method="beam", beam_size=3, max_length=None, every=False, strip=(), **options):
+        """Region features (B, L, D) -> B captions, each a list of words.
+
+        method: one of decoding.DECODERS, whose own `options` it takes; beam_size: for those that have beams; max_length: words;
+        every: for each image a list of all the captions that the decoder found; strip: names of decoding.STRIP to apply.
+        Raises UserError for an unknown method or an option that it does not have.
+        """
+        if "beam_size" in decoding.options_of(method):
+            options["beam_size"] = beam_size
+        for name, value in options.items():
+            decoding.check_option(method, name, value)
         with evaluating(self):
-            ids = DECODERS[method](self, features, max_length=max_length or self.config.max_length, **options)
-        return [self.vocabulary.decode(caption) for caption in ids]
+            found = decoding.DECODERS[method](self, features, max_length or self.config.max_length, **options)
+        captions = [[self._stripped(self.vocabulary.decode(ids), strip) for ids in image] for image in found]
+        return captions if every else [first for first, *_ in captions]
+
+    @staticmethod
+    def _stripped(words, names):
+        for name in names:
+            words = decoding.STRIP[name](words)
+        return words
 
     @torch.no_grad()
-    def caption(self, images, method="beam", beam_size=3, max_length=None):
-        """Images (B, 3, H, W), ImageNet-normalised -> B captions, each a list of words."""
+    def caption(self, images, method="beam", beam_size=3, max_length=None, **options):
+        """Images (B, 3, H, W), ImageNet-normalised -> B captions, each a list of words; arguments as of `decode`."""
         captions = []
-        for batch in images.split(IMAGES_PER_BATCH):
+        for batch in images.split(CAPTIONED_AT_ONCE):
             with evaluating(self):
-                features = self.encoder(batch.to(self.device))
-            captions += self.decode(features, method, beam_size, max_length)
+                parts = batch.split(IMAGES_PER_BATCH.get(self.device.type, CAPTIONED_AT_ONCE))
+                features = torch.cat([self.encoder(part.to(self.device)) for part in parts])
+            captions += self.decode(features, method, beam_size, max_length, **options)
         return captions
 
     def explain(self, images, captions=None, method="lrp", through_attention=False):
@@ -348,4 +364,5 @@ def load_captioner(path, device="cpu"):
         raise UserError(f"{path} uses an encoder '{config.encoder}' that this version does not have")
     captioner = build_captioner(config, Vocabulary(checkpoint["vocabulary"]), Encoder(config.encoder))
     captioner.load_state_dict(checkpoint["state_dict"])
+    captioner.encoder.to(memory_format=torch.channels_last)  # twice as fast on CPUs
     return captioner.to(device).eval()

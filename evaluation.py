@@ -17,6 +17,7 @@ from tqdm import tqdm
 from captiondata import CaptionDataset, image_transform, tokenize
 from captioner import load_captioner
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_json
+from decoding import add_decoding_flags, decoding_options
 
 EXPERIMENTS = ("captions",)
 
@@ -108,12 +109,11 @@ def build_parser():
     parser.add_argument("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
     parser.add_argument("--split", default="test", help="train, val or test (default: %(default)s)")
     parser.add_argument("--experiment", choices=(*EXPERIMENTS, "all"), default="captions", help="what to measure (default: %(default)s)")
-    parser.add_argument("--decoding", choices=("beam", "greedy"), default="beam", help="how to caption (default: %(default)s)")
-    parser.add_argument("--beam_size", type=int, default=3, help="beams (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many images (default: all)")
     parser.add_argument("--batch_size", type=int, default=64, help="images captioned at once (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--output", help="JSON file of the results (default: results/CHECKPOINT-DATASET-SPLIT.json)")
+    add_decoding_flags(parser)
     add_common_flags(parser)
     return parser
 
@@ -140,7 +140,7 @@ def main():
     folder = dataset_folder(args.dataset)
     dataset = open_split(folder, args.split, captioner.encoder)
     dataset.entries = dataset.entries[: args.limit]
-    decoding = {"method": args.decoding, "beam_size": args.beam_size}
+    decoding = decoding_options(args)
     predictions = decode_split(captioner, dataset, args.batch_size, args.workers, **decoding)
     metrics = caption_metrics(predictions, dataset.references())
     if any(entry["objects"] for entry in dataset.entries):

@@ -24,6 +24,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from captiondata import image_transform, load_image, load_regions, tokenize
 from captioner import METHODS, load_captioner
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_atomically, write_json
+from decoding import add_decoding_flags, decoding_options
 
 COLUMNS = 5  # panels in a row of the figure
 PANEL, TITLE, LABEL, WORD_LINE = 2.3, 0.45, 0.3, 0.24  # inches: a panel's side, the caption, a panel's title, a line of words
@@ -150,8 +151,8 @@ def build_parser():
     parser.add_argument("--regions", nargs="+", metavar="HDF5", help="bottom-up features of each image, for a captioner that wants them")
     parser.add_argument("--through_attention", action="store_true", help="LRP of a multi-head captioner: go through the attention scores too (AttnLRP)")
     parser.add_argument("--caption", help="explain this caption instead of the captioner's own")
-    parser.add_argument("--beam_size", type=int, default=3, help="beams when captioning (default: %(default)s)")
     parser.add_argument("--output", default="explanations", help="folder for what is written (default: %(default)s)")
+    add_decoding_flags(parser)
     add_common_flags(parser)
     return parser
 
@@ -169,14 +170,13 @@ def read_inputs(args, encoder, images):
 def main():
     """Caption the images if need be, explain, and write."""
     args = build_parser().parse_args()
-    if args.beam_size < 1:
-        raise UserError("--beam_size must be at least 1")
+    options = decoding_options(args)
     set_seed(args.seed)
     captioner = load_captioner(args.checkpoint, choose_device(args.device))
     images = [load_image(path) for path in args.images]
     pixels, boxes = read_inputs(args, captioner.encoder, images)
     if args.caption is None:
-        captions = captioner.caption(pixels, beam_size=args.beam_size)
+        captions = captioner.caption(pixels, **options)
     else:
         captions = [tokenize(args.caption)] * len(images)
     explained = {method: captioner.explain(pixels, captions, method, args.through_attention and method == "lrp") for method in args.method}

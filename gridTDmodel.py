@@ -50,7 +50,7 @@ class AdaptiveAttention(Captioner):
     def _attend(self, hidden, sentinel, memory, rules):
         """Adaptive attention (eqs. 2-7): h1, s (B, N, H) -> c_hat (B, N, H), alpha (B, N, L), beta (B, N, 1)."""
         query = self.attention_hidden(hidden)
-        keys = torch.tanh(memory["keys"].unsqueeze(1) + query.unsqueeze(2))  # (B, N, L, H)
+        keys = (memory["keys"].unsqueeze(1) + query.unsqueeze(2)).tanh_()  # (B, N, L, H); in place, for it is the largest
         scores = self.attention_score(keys).squeeze(-1)
         if memory["mask"] is not None:
             scores = scores.masked_fill(~memory["mask"].unsqueeze(1), -torch.inf)
@@ -63,7 +63,7 @@ class AdaptiveAttention(Captioner):
 
     def word_inputs(self, embeddings, memory):
         """The words' part of the pre-activations of LSTM and sentinel gate: (..., E) -> (..., 5H)."""
-        return F.linear(embeddings, memory["word_weight"])
+        return F.linear(embeddings, memory["weights"]["word"])
 
 
 class AdaptiveCaptioner(AdaptiveAttention):
@@ -78,9 +78,10 @@ class AdaptiveCaptioner(AdaptiveAttention):
         memory, global_feature = self._see(features, rules)
         bias = self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
         weight, recurrent, bias = self._gate_weights(self.lstm.weight_ih_l0, self.lstm.weight_hh_l0, bias)
-        memory["word_weight"], image_weight = weight.split(self.config.embed_dim, dim=1)
-        memory["image_gates"] = F.linear(global_feature, image_weight, bias).unsqueeze(1)
-        return {**memory, "global": global_feature, "recurrent": recurrent}
+        word_weight, image_weight = weight.split(self.config.embed_dim, dim=1)
+        image_gates = F.linear(global_feature, image_weight, bias).unsqueeze(1)
+        weights = {"word": word_weight, "recurrent": recurrent}
+        return {**memory, "global": global_feature, "image_gates": image_gates, "weights": weights}
 
     def start(self, memory, captions=1):
         """The state (h, m) before the first word: zeros (B, N, H) each."""
@@ -89,7 +90,7 @@ class AdaptiveCaptioner(AdaptiveAttention):
     def step(self, word_input, state, memory, rules=TrueGradient):
         """One word further: word_input (B, N, 5H) -> c_hat + h (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
         hidden, cell = state
-        gates = word_input + memory["image_gates"] + F.linear(hidden, memory["recurrent"])
+        gates = word_input + memory["image_gates"] + F.linear(hidden, memory["weights"]["recurrent"])
         hidden, cell, sentinel = self._sentinel_lstm(gates, cell, rules)
         context, alpha, beta = self._attend(hidden, sentinel, memory, rules)
         return rules.epsilon(context + hidden), (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
@@ -104,7 +105,7 @@ class AdaptiveCaptioner(AdaptiveAttention):
         hidden = self.lstm(torch.cat([embeddings, image], dim=-1).flatten(0, 1))[0]  # (B*N, T, H)
         before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
         hidden, before = (part.reshape(batch, captions * steps, -1) for part in (hidden, before))
-        gates = self.word_inputs(embeddings.flatten(1, 2), memory) + memory["image_gates"] + F.linear(before, memory["recurrent"])
+        gates = self.word_inputs(embeddings.flatten(1, 2), memory) + memory["image_gates"] + F.linear(before, memory["weights"]["recurrent"])
         output_gate, sentinel_gate = torch.sigmoid(gates[..., -2 * self.config.hidden_dim :]).chunk(2, dim=-1)
         context, alpha, beta = self._attend(hidden, sentinel_gate * hidden / output_gate, memory, rules)
         parts = context + hidden, alpha.unsqueeze(-2), beta.squeeze(-1)
@@ -124,7 +125,7 @@ class GridTDCaptioner(AdaptiveAttention):
         """What every step needs of the image, computed once: features (B, L, D) -> dict of tensors.
 
         regions and keys (B, L, H), image_gates (B, 1, 5H) the global feature's and the biases' part of the attention LSTM's
-        pre-activations, and the recurrent weights joined over [h2; h1] and [c_hat; h1; h2].
+        pre-activations, and the weights joined over [h2; h1] and [c_hat; h1; h2].
         """
         memory, global_feature = self._see(features, rules)
         top, language = self.attention_lstm, self.language_lstm
@@ -133,10 +134,12 @@ class GridTDCaptioner(AdaptiveAttention):
         return {
             **memory,
             "image_gates": F.linear(global_feature, image_weight, bias).unsqueeze(1),
-            "word_weight": word_weight,
-            "attention_recurrent": torch.cat([language_weight, recurrent], dim=1),
-            "language_weight": torch.cat([language.weight_ih, language.weight_hh], dim=1),
-            "language_bias": language.bias_ih + language.bias_hh,
+            "weights": {
+                "word": word_weight,
+                "attention": torch.cat([language_weight, recurrent], dim=1),
+                "language": torch.cat([language.weight_ih, language.weight_hh], dim=1),
+                "language_bias": language.bias_ih + language.bias_hh,
+            },
         }
 
     def start(self, memory, captions=1):
@@ -145,11 +148,11 @@ class GridTDCaptioner(AdaptiveAttention):
 
     def step(self, word_input, state, memory, rules=TrueGradient):
         """One word further: word_input (B, N, 5H) -> c_hat + h2 (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
-        h1, m1, h2, m2 = state
-        gates = word_input + memory["image_gates"] + F.linear(torch.cat([h2, h1], dim=-1), memory["attention_recurrent"])
+        (h1, m1, h2, m2), weights = state, memory["weights"]
+        gates = word_input + memory["image_gates"] + F.linear(torch.cat([h2, h1], dim=-1), weights["attention"])
         h1, m1, sentinel = self._sentinel_lstm(gates, m1, rules)
         context, alpha, beta = self._attend(h1, sentinel, memory, rules)
-        gates = F.linear(torch.cat([context, h1, h2], dim=-1), memory["language_weight"], memory["language_bias"])
+        gates = F.linear(torch.cat([context, h1, h2], dim=-1), weights["language"], weights["language_bias"])
         m2, squashed, output_gate = lstm_cell(gates, m2, rules)
         h2 = output_gate * squashed
         return rules.epsilon(context + h2), (h1, m1, h2, m2), alpha.unsqueeze(-2), beta.squeeze(-1)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from captiondata import CaptionDataset, encoder_path, features_path, image_transform
 from captioner import MODELS, CaptionerConfig, build_captioner, evaluating, read_checkpoint
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed
+from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder
 from evaluation import caption_metrics, dataset_folder, decode_split
 
@@ -165,8 +166,8 @@ def check_cache(dataset, encoder):
 
 
 def validate(captioner, dataset, args):
-    """Caption the validation images as the paper does (3 beams) -> BLEU-1..4 and CIDEr."""
-    predictions = decode_split(captioner, dataset, workers=args.workers, method="beam", beam_size=3)
+    """Caption the validation images, with 3 beams as the paper does unless flags say otherwise -> BLEU-1..4 and CIDEr."""
+    predictions = decode_split(captioner, dataset, workers=args.workers, **decoding_options(args))
     return caption_metrics(predictions, dataset.references())
 
 
@@ -243,10 +244,10 @@ def build_parser(defaults):
     flag("--pretrain_epochs", type=int, help="epochs in which the encoder first learns to name the annotated objects (default: %(default)s)")
     flag("--augment", action=argparse.BooleanOptionalAction, help="jitter and mirror the training images (default: %(default)s)")
     flag("--bfloat16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it (default: %(default)s)")
-    flag("--max_length", type=int, default=20, help="longest caption it may say, in words (default: %(default)s)")
     flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     flag("--output", help="where the best captioner goes (default: checkpoints/DATASET-MODEL_TYPE.pt)")
     flag("--resume", help="the .last.pt file of a training to go on with")
+    add_decoding_flags(parser, max_length=20)
     add_common_flags(parser)
     parser.set_defaults(**defaults)
     return parser
@@ -269,6 +270,7 @@ def parse_arguments(arguments=None):
 def main():
     """Read the data, build or pretrain the encoder, and train."""
     args = parse_arguments()
+    decoding_options(args)  # a wrong one is told before the training, not after its first epoch
     device = choose_device(args.device)
     set_seed(args.seed)
     folder = dataset_folder(args.dataset)
