@@ -1,18 +1,27 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
 #   make demo       explain the captions of two drawn scenes with the captioner that ships
 #   make test       all tests
+#   make spice      fetch what the SPICE metric needs (390 MB), once, into data/spice
 #   make scenes     draw the embedded dataset and train its captioner again (checkpoints/scenes-gridtd.pt)
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+CORENLP := edu.stanford.nlp:stanford-corenlp:3.6.0
+SPICE_JARS := $(CORENLP) $(CORENLP):jar:models org.mozilla:rhino:1.7.15 org.mozilla:rhino-engine:1.7.15
 
-.PHONY: demo test scenes clean
+.PHONY: demo test spice scenes clean
 
 demo: .venv/installed
 	$(RUN) explain.py data/demo/*.jpg
 
 test: .venv/installed
 	$(RUN) -m pytest -q tests
+
+# By Maven; without it by pycocoevalcap's own downloader, whose result needs a Java that still has JavaScript (8 to 14).
+spice: .venv/installed
+	if command -v mvn > /dev/null; \
+	then for jar in $(SPICE_JARS); do mvn -q dependency:copy -Dartifact=$$jar -DoutputDirectory=data/spice || exit 1; done; \
+	else $(RUN) -c "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"; fi
 
 scenes: .venv/installed
 	$(RUN) preparedataset.py

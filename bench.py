@@ -3,6 +3,7 @@
     python bench.py explain              # an explained caption against the passes through VGG16 that it cannot do without
     python bench.py methods              # every method and captioner against one plain forward and backward
     python bench.py train                # a training step
+    python bench.py decode               # captioning in batches against one image at a time
     python bench.py all --json bench.json
 
 Each row: name, seconds (median), ratio, and what it is a ratio to.
@@ -20,12 +21,14 @@ import torch
 from PIL import Image
 
 from captiondata import Vocabulary, image_transform, load_image
-from captioner import METHODS, MODELS, CaptionerConfig, build_captioner
+from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import add_common_flags, choose_device, provenance, run, set_seed, write_json
 from encoder import build_encoder
+from scenes import write_scenes
 
 WORDS = 10  # words of the explained caption
 VOCABULARY = 10_000
+SCENES = 500
 
 
 def seconds(functions, device, repeats):
@@ -153,12 +156,37 @@ def stepped_logits(captioner, features, inputs, look_once=False):
     return torch.stack(logits, dim=2)
 
 
+def bench_decode(device, repeats):
+    """500 scenes by the captioner that ships, 3 beams: in one call against one image at a time, with and without the encoder."""
+    captioner = load_captioner(Path(__file__).parent / "checkpoints/scenes-gridtd.pt", device)
+    with tempfile.TemporaryDirectory() as folder:
+        write_scenes(folder, 1, 1, SCENES)
+        paths = sorted(Path(folder, "test").glob("*.jpg"))
+        images = torch.stack([image_transform(captioner.encoder.image_size)(load_image(path)) for path in paths])
+    features = torch.cat([captioner.encode(batch) for batch in images.split(64)])
+    calls = {
+        "images": lambda: captioner.caption(images),
+        "images, one by one": lambda: [captioner.caption(image)[0] for image in images.split(1)],
+        "features": lambda: [words for batch in features.split(64) for words in captioner.decode(batch)],
+        "features, one by one": lambda: [captioner.decode(one)[0] for one in features.split(1)],
+    }
+    captions = [call() for call in calls.values()]
+    different = max(sum(one != other for one, other in zip(captions[0], others)) for others in captions)
+    times = seconds(calls, device, repeats)
+    rows = []
+    for what in ("images", "features"):
+        against = f"captioning {SCENES} scenes from {what}, one by one"
+        rows.append({"name": against, "seconds": times[f"{what}, one by one"], "ratio": None, "against": None})
+        rows.append(row(f"in batches ({different} captions differ)", times[what], times[f"{what}, one by one"], against))
+    return rows
+
+
 def row(name, time_taken, reference, against):
     """A result with its ratio."""
     return {"name": name, "seconds": time_taken, "ratio": time_taken / reference, "against": against}
 
 
-BENCHMARKS = {"explain": bench_explain, "methods": bench_methods, "train": bench_train}
+BENCHMARKS = {"explain": bench_explain, "methods": bench_methods, "train": bench_train, "decode": bench_decode}
 
 
 def main():

@@ -25,7 +25,7 @@ from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient
 
 CHECKPOINT_FORMAT = "image captioner 1"
 CAPTIONED_AT_ONCE = 64  # images
-IMAGES_PER_BATCH = {"cpu": 8}  # of the encoder when captioning; on a CPU more of them leave its cache
+IMAGES_PER_BATCH = {"cpu": 8}  # of the encoder, when no gradient is wanted; on a CPU more of them leave its cache
 PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
 
 
@@ -211,13 +211,15 @@ class Captioner(nn.Module):
     @torch.no_grad()
     def caption(self, images, method="beam", beam_size=3, max_length=None, **options):
         """Images (B, 3, H, W), ImageNet-normalised -> B captions, each a list of words; arguments as of `decode`."""
-        captions = []
-        for batch in images.split(CAPTIONED_AT_ONCE):
-            with evaluating(self):
-                parts = batch.split(IMAGES_PER_BATCH.get(self.device.type, CAPTIONED_AT_ONCE))
-                features = torch.cat([self.encoder(part.to(self.device)) for part in parts])
-            captions += self.decode(features, method, beam_size, max_length, **options)
-        return captions
+        batches = images.split(CAPTIONED_AT_ONCE)
+        return [words for batch in batches for words in self.decode(self.encode(batch), method, beam_size, max_length, **options)]
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, H, W) -> region features (B, L, D)."""
+        with evaluating(self):
+            parts = images.split(IMAGES_PER_BATCH.get(self.device.type, CAPTIONED_AT_ONCE))
+            return torch.cat([self.encoder(part.to(self.device)) for part in parts])
 
     def explain(self, images, captions=None, method="lrp", through_attention=False):
         """Explain every word of a caption of every image.

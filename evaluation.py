@@ -1,118 +1,176 @@
-"""Measure a captioner on a split of a prepared dataset: caption metrics, and which objects its captions name.
+"""Measure a captioner on a split of a prepared dataset, or anybody's captions in COCO's results format.
 
     python evaluation.py                                    # the shipped captioner on the test split of the scenes
     python evaluation.py --checkpoint checkpoints/flickr8k-gridtd.pt --dataset flickr8k --split val
+    python evaluation.py --predictions results.json --annotations annotations/captions_val2017.json
 
-Prints a table and writes it, with the captions, as JSON.
+Prints a table and writes it, with the captions, as JSON. A metric that lacks a tool (Java, SPICE's jars, a BERT) is shown with the
+reason and the command that mends it.
 """
 
 import argparse
 from pathlib import Path
 
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
+import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from captiondata import CaptionDataset, image_transform, tokenize
-from captioner import load_captioner
-from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_json
+from captiondata import CaptionDataset, image_transform
+from captioner import evaluating, load_captioner
+from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
+from commandline import UserError, add_common_flags, choose_device, provenance, read_json, run, set_seed, write_json
 from decoding import add_decoding_flags, decoding_options
+from preparedataset import coco_categories, read_coco_json
 
 EXPERIMENTS = ("captions",)
 
 
-def caption_metrics(predictions, references):
-    """BLEU-1..4 and CIDEr (pycocoevalcap) of captions against raw references, as a dict of floats.
-
-    predictions: {key: list of words}, references: {key: list of raw sentences}; both are compared as lower-case `\\w+`
-    tokens, so that no Java is needed.
-    """
-    if predictions.keys() != references.keys():
-        raise ValueError("predictions and references are not of the same images")
-    candidates = {key: [" ".join(words)] for key, words in predictions.items()}
-    targets = {key: [" ".join(tokenize(sentence)) for sentence in references[key]] for key in predictions}
-    bleu, _ = Bleu(4).compute_score(targets, candidates, verbose=0)
-    cider, _ = Cider().compute_score(targets, candidates)
-    return {**{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, start=1)}, "CIDEr": float(cider)}
-
-
-def object_phrases(categories):
-    """{category: [its words]} -> {tuple of the tokens of each word or phrase: category}."""
-    return {tuple(tokenize(phrase)): category for category, phrases in categories.items() for phrase in phrases}
-
-
-def mentioned_objects(words, phrases):
-    """The categories that a caption names, in its order; of overlapping phrases the longest counts ("hot dog", no dog)."""
-    longest = max(map(len, phrases), default=0)
-    named, position = [], 0
-    while position < len(words):
-        for length in range(longest, 0, -1):
-            phrase = tuple(words[position : position + length])
-            if len(phrase) == length and phrase in phrases:
-                named.append(phrases[phrase])
-                break
-        else:
-            length = 1
-        position += length
-    return named
-
-
-def object_metrics(predictions, entries, info):
-    """Which objects the captions name, against the annotated objects of each image; shares in 0..1, as a dict.
-
-    names_main_object: captions that name the main object (where the dataset marks one);
-    names_absent_object: captions that name at least one object that is not in the image (CHAIR-s of Rohrbach et al. 2018,
-    with the annotations alone as truth); absent_object_words: object words that name none (CHAIR-i);
-    planted_hallucination: of the images with A as main object and no B, captions that name B, over all planted pairs.
-    """
-    phrases = object_phrases(info["categories"])
-    main, absent, counts, planted = [], [], [0, 0], []
-    for index, words in predictions.items():
-        objects = entries[index]["objects"]
-        present = {thing["category"] for thing in objects}
-        named = mentioned_objects(words, phrases)
-        main += [thing["category"] in named for thing in objects if thing.get("main")][:1]
-        missing = [category for category in named if category not in present]
-        absent.append(bool(missing))
-        counts[0] += len(missing)
-        counts[1] += len(named)
-        for a, b in info.get("planted_pairs", []):
-            if b not in present and any(thing["category"] == a and thing.get("main") for thing in objects):
-                planted.append(b in named)
-    metrics = {"names_main_object": _mean(main), "names_absent_object": _mean(absent)}
-    metrics |= {"absent_object_words": counts[0] / max(counts[1], 1), "planted_hallucination": _mean(planted)}
-    return {name: value for name, value in metrics.items() if value is not None}
-
-
-def _mean(flags):
-    return sum(flags) / len(flags) if flags else None
+def captioned(captioner, dataset, batch_size=64, workers=2, **decoding):
+    """Caption every image of a CaptionDataset (of images or of cached features); yields (indices, features (B, L, D), captions
+    as `captioner.decode` returns them)."""
+    loader = DataLoader(dataset, batch_size, num_workers=workers)
+    for inputs, _, indices in tqdm(loader, desc=f"captioning {dataset.split}", leave=False):
+        features = inputs.to(captioner.device) if dataset.features else captioner.encode(inputs)
+        yield indices.tolist(), features, captioner.decode(features, **decoding)
 
 
 def decode_split(captioner, dataset, batch_size=64, workers=2, **decoding):
-    """Caption every image of a CaptionDataset (of images or of cached features) -> {index: list of words}."""
-    captions = {}
-    loader = DataLoader(dataset, batch_size, num_workers=workers)
-    for inputs, _, indices in tqdm(loader, desc=f"captioning {dataset.split}", leave=False):
-        if dataset.features:
-            batch = captioner.decode(inputs.to(captioner.device), **decoding)
-        else:
-            batch = captioner.caption(inputs, **decoding)
-        captions.update(zip(indices.tolist(), batch))
-    return captions
+    """As `captioned` -> {index: list of words}."""
+    batches = captioned(captioner, dataset, batch_size, workers, **decoding)
+    return {index: words for indices, _, captions in batches for index, words in zip(indices, captions)}
+
+
+@torch.no_grad()
+def word_scores(captioner, features, captions, words):
+    """The largest probability that each of `words` had while a captioner said a caption: features (B, L, D), B lists of words
+    -> (B, len(words)) on the CPU."""
+    vocabulary = captioner.vocabulary
+    longest = max(map(len, captions))
+    inputs = [[vocabulary.start, *vocabulary.encode(caption)] + [vocabulary.pad] * (longest - len(caption)) for caption in captions]
+    inputs = torch.tensor(inputs, device=features.device)
+    with evaluating(captioner):
+        probabilities = captioner(features, inputs.unsqueeze(1)).squeeze(1).softmax(-1)  # (B, T, V)
+    probabilities = probabilities[..., vocabulary.encode(words)].masked_fill((inputs == vocabulary.pad).unsqueeze(-1), 0)
+    unknown = torch.tensor([word not in vocabulary for word in words], dtype=torch.bool, device=features.device)
+    return probabilities.amax(dim=1).masked_fill(unknown, 0).cpu()
+
+
+def caption_split(captioner, dataset, args):
+    """The Captions of a captioner on a split, and the list of all captions found for each image."""
+    train = read_json(dataset.folder / "train.json")
+    corpus = {index: entry["captions"] for index, entry in enumerate(train)}
+    words = choose_object_words(args.object_words, dataset.info["name"], corpus, dataset.info["categories"])
+    found, scores = {}, {}
+    options = decoding_options(args)
+    for indices, features, captions in captioned(captioner, dataset, args.batch_size, args.workers, every=True, **options):
+        found.update(zip(indices, captions))
+        if words:
+            scores.update(zip(indices, word_scores(captioner, features, [first for first, *_ in captions], words)))
+    things = {index: entry["objects"] for index, entry in enumerate(dataset.entries)}
+    captions = Captions(
+        predictions={index: " ".join(captions[0]) for index, captions in found.items()},
+        references=dataset.references(),
+        annotated={index: {thing["category"] for thing in objects} for index, objects in things.items()} if dataset.info["categories"] else None,
+        categories=dataset.info["categories"],
+        corpus=corpus,
+        object_words=words,
+        word_scores=scores if words else None,
+        main_objects={index: thing["category"] for index, objects in things.items() for thing in objects if thing.get("main")},
+        planted_pairs=dataset.info.get("planted_pairs", []),
+        **tools(args),
+    )
+    return captions, found
+
+
+def choose_object_words(choice, name, corpus, categories):
+    """The frequent object words: of the paper's list for COCO or Flickr, or of the training captions. By default a dataset's own."""
+    own = next((known for known in FREQUENT_OBJECT_WORDS if name.startswith(known)), "train")
+    choice = choice or own
+    return frequent_words(corpus, categories) if choice == "train" else FREQUENT_OBJECT_WORDS[choice].split()
+
+
+def tools(args):
+    """What the metrics need to know of the flags."""
+    return {"java_memory": args.java_memory, "bert_model": args.bert_model, "bert_layer": args.bert_layer, "device": choose_device(args.device)}
+
+
+def read_captions(args):
+    """The Captions of --predictions and --annotations, by image id. UserError for files of another kind or that do not match."""
+    if not args.annotations:
+        raise UserError("--predictions needs --annotations, the references in COCO's format (captions_val2017.json)")
+    predictions = read_predictions(args.predictions)
+    references = sentences_of(args.annotations)
+    strangers = [key for key in predictions if key not in references]
+    if strangers:
+        raise UserError(f"{args.predictions} has a caption of image {strangers[0]}, of which {args.annotations} has none ({len(strangers)} such)")
+    annotated, categories = read_instances(args, predictions)
+    corpus = sentences_of(args.train_annotations) if args.train_annotations else None
+    references = {key: references[key] for key in predictions}
+    words = choose_object_words(args.object_words or "coco", "coco", corpus or references, categories)
+    return Captions(predictions, references, annotated, categories, corpus, words, **tools(args))
+
+
+def read_predictions(path):
+    """{image id: caption} of a file in COCO's results format, or of a result of this script."""
+    rows = read_json(path)
+    rows = rows.get("captions") if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows):
+        raise UserError(f"{path} is not in COCO's results format: it needs a list of objects with image_id and caption")
+    predictions = {row["image_id"]: str(row["caption"]) for row in rows}
+    if len(predictions) < len(rows):
+        raise UserError(f"{path} has more than one caption of an image")
+    return predictions
+
+
+def sentences_of(path):
+    """{image id: raw captions} of a COCO captions file."""
+    sentences = {}
+    for annotation in read_coco_json(Path(path), "captions", {"image_id", "caption"})["annotations"]:
+        sentences.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return sentences
+
+
+def read_instances(args, keys):
+    """{image id: categories of the annotated objects} and {category: its words}, of --instances or of the file beside the
+    captions; (None, {}) if there is none."""
+    path = args.instances or Path(args.annotations).with_name(Path(args.annotations).name.replace("captions", "instances"))
+    if not args.instances and (not path.is_file() or path == Path(args.annotations)):
+        return None, {}
+    data = read_coco_json(Path(path), "instances", {"image_id", "category_id"})
+    names = {category["id"]: category["name"] for category in data.get("categories", [])}
+    annotated = {image["id"]: set() for image in data["images"]}
+    for annotation in data["annotations"]:
+        annotated[annotation["image_id"]].add(names[annotation["category_id"]])
+    missing = [key for key in keys if key not in annotated]
+    if missing:
+        raise UserError(f"{path} does not list image {missing[0]} ({len(missing)} such); its objects are needed for CHAIR")
+    return annotated, coco_categories(data)
 
 
 def build_parser():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
-    parser.add_argument("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
-    parser.add_argument("--split", default="test", help="train, val or test (default: %(default)s)")
-    parser.add_argument("--experiment", choices=(*EXPERIMENTS, "all"), default="captions", help="what to measure (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first so many images (default: all)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images captioned at once (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    parser.add_argument("--output", help="JSON file of the results (default: results/CHECKPOINT-DATASET-SPLIT.json)")
+    flag = parser.add_argument
+    flag("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
+    flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
+    flag("--split", default="test", help="train, val or test (default: %(default)s)")
+    flag("--experiment", choices=(*EXPERIMENTS, "all"), default="captions", help="what to measure (default: %(default)s)")
+    flag("--limit", type=int, help="only the first so many images (default: all)")
+    flag("--batch_size", type=int, default=64, help="images captioned at once (default: %(default)s)")
+    flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    flag("--output", help="JSON file of the results (default: results/CHECKPOINT-DATASET-SPLIT.json)")
+    group = parser.add_argument_group("captions from elsewhere")
+    group.add_argument("--predictions", metavar="JSON", help="score these captions, in COCO's results format, instead of a captioner's")
+    group.add_argument("--annotations", metavar="JSON", help="their references, in COCO's captions format")
+    group.add_argument("--instances", metavar="JSON", help="their objects, for CHAIR (default: instances_X.json beside captions_X.json)")
+    group.add_argument("--train_annotations", metavar="JSON", help="training captions, for the document frequencies of CIDEr-D")
+    group = parser.add_argument_group("caption metrics")
+    group.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="NAME", help=f"of {', '.join(METRICS)} (default: all)")
+    group.add_argument("--object_words", choices=(*FREQUENT_OBJECT_WORDS, "train"),
+                       help="frequent object words: the paper's lists, or those of the training captions (default: by dataset)")  # fmt: skip
+    group.add_argument("--java_memory", metavar="SIZE", help="Java's memory, as in -Xmx (default: 2G, for SPICE 4G)")
+    group.add_argument("--bert_model", default="roberta-large", help="BERTScore's model, a name or a folder (default: %(default)s)")
+    group.add_argument("--bert_layer", type=int, help="its layer (default: bert-score's choice for the name, else the last)")
     add_decoding_flags(parser)
     add_common_flags(parser)
     return parser
@@ -130,29 +188,41 @@ def open_split(folder, split, encoder):
     return CaptionDataset(folder, split, image_transform(encoder.image_size))
 
 
+def show(values, unavailable, tokens):
+    """Print the table."""
+    for name, value in values.items():
+        print(f"{name:24s} {value:.4f}")
+    for name, reason in unavailable.items():
+        print(f"{name:24s} unavailable: {reason}")
+    print(f"tokens: {tokens}")
+
+
 def main():
-    """Caption a split, measure, print and write."""
+    """Caption a split or read captions, measure, print and write."""
     args = build_parser().parse_args()
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be at least 1")
+    decoding_options(args)
     set_seed(args.seed)
-    captioner = load_captioner(args.checkpoint, choose_device(args.device))
-    folder = dataset_folder(args.dataset)
-    dataset = open_split(folder, args.split, captioner.encoder)
-    dataset.entries = dataset.entries[: args.limit]
-    decoding = decoding_options(args)
-    predictions = decode_split(captioner, dataset, args.batch_size, args.workers, **decoding)
-    metrics = caption_metrics(predictions, dataset.references())
-    if any(entry["objects"] for entry in dataset.entries):
-        metrics |= object_metrics(predictions, dataset.entries, dataset.info)
-    for name, value in metrics.items():
-        print(f"{name:24s} {value:.4f}")
-    output = args.output or Path("results") / f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}.json"
-    captions = [
-        {"image_id": entry["image_id"], "caption": " ".join(predictions[index])} for index, entry in enumerate(dataset.entries)
-    ]
-    write_json(output, {**provenance(args.seed, args.checkpoint), "metrics": metrics, "captions": captions})
-    print(f"{len(captions)} captions and these figures are in {output}")
+    if args.predictions:
+        captions, checkpoint, stem = read_captions(args), None, Path(args.predictions).stem
+        rows = [{"image_id": key, "caption": sentence} for key, sentence in captions.predictions.items()]
+    else:
+        checkpoint, folder = args.checkpoint, dataset_folder(args.dataset)
+        captioner = load_captioner(checkpoint, choose_device(args.device))
+        dataset = open_split(folder, args.split, captioner.encoder)
+        dataset.entries = dataset.entries[: args.limit]
+        captions, found = caption_split(captioner, dataset, args)
+        stem = f"{Path(checkpoint).stem}-{folder.name}-{args.split}"
+        rows = [{"image_id": entry["image_id"], "caption": captions.predictions[index]} for index, entry in enumerate(dataset.entries)]
+        for index, row in enumerate(rows):
+            row |= {"others": [" ".join(words) for words in found[index][1:]]} if len(found[index]) > 1 else {}
+    values, unavailable, tokens = measure(captions, args.metrics)
+    show(values, unavailable, tokens)
+    output = args.output or Path("results") / f"{stem}.json"
+    result = {"metrics": values, "unavailable": unavailable, "tokens": tokens, "object_words": captions.object_words, "captions": rows}
+    write_json(output, {**provenance(args.seed, checkpoint), **result})
+    print(f"{len(rows)} captions and these figures are in {output}")
 
 
 if __name__ == "__main__":

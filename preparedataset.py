@@ -10,11 +10,13 @@ The datasets differ in their reader and nowhere else: a reader takes the root fo
 import argparse
 import os
 import random
+import re
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
+from xml.etree import ElementTree
 
 import h5py
 import numpy as np
@@ -29,14 +31,13 @@ from commandline import (
     UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
 )
 from encoder import build_encoder
+from pycocoevalcap.chair.chair import COCO_SYNONYMS, FLICKR_SYNONYMS, forms, mentioned_objects, object_phrases, read_synonyms
 
 CAPTIONS_PER_IMAGE = 5
 COCO_TRAIN, COCO_VAL = 110000, 5000
+ENTITIES_FOLDERS = ("Flickr30kEntities", "flickr30k_entities")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 IMAGE_FOLDERS = ("images", "Images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset", "Flickr8k_Dataset")
-IRREGULAR_PLURALS = {
-    "person": "people", "knife": "knives", "mouse": "mice", "sheep": "sheep", "scissors": "scissors", "skis": "skis"
-}
 
 
 @dataclass
@@ -56,8 +57,8 @@ def read_coco_split(root, name):
     Returns (entries sorted by image id, {category: words that mean it}, planted pairs). UserError for other JSON.
     """
     captions_file, instances_file = (root / "annotations" / f"{kind}_{name}.json" for kind in ("captions", "instances"))
-    captions = _read_coco_json(captions_file, "captions", {"image_id", "caption"})
-    instances = _read_coco_json(instances_file, "instances", {"image_id", "category_id", "bbox"})
+    captions = read_coco_json(captions_file, "captions", {"image_id", "caption"})
+    instances = read_coco_json(instances_file, "instances", {"image_id", "category_id", "bbox"})
     _require_folder(root / name, "the images folder")
     categories = {category["id"]: category for category in instances.get("categories", [])}
     objects = defaultdict(list)
@@ -74,11 +75,10 @@ def read_coco_split(root, name):
         raise UserError(f"{captions_file} has a caption of the image {stray[0]}, which it does not list")
     entries = [_entry(key, f"{name}/{image['file_name']}", image, sentences[key], objects[key])
                for key, image in sorted(images.items())]
-    words = {c["name"]: c.get("synonyms") or surface_words(c["name"]) for c in categories.values()}
-    return entries, words, captions.get("info", {}).get("planted_pairs", [])
+    return entries, coco_categories(instances), captions.get("info", {}).get("planted_pairs", [])
 
 
-def _read_coco_json(path, kind, keys):
+def read_coco_json(path, kind, keys):
     """The parsed file; UserError unless it has images of different ids and annotations that all have `keys`."""
     data = read_json(path)
     for part, needed in (("images", {"id", "file_name"}), ("annotations", keys)):
@@ -110,11 +110,12 @@ def _entry(image_id, file, image, captions, objects=()):
     return {"image_id": image_id, "file": file, **size, "captions": captions, "objects": list(objects)}
 
 
-def surface_words(noun):
-    """An English noun and its plural, by rule but for the irregular names among COCO's categories."""
-    if noun in IRREGULAR_PLURALS:
-        return sorted({noun, IRREGULAR_PLURALS[noun]})
-    return [noun, noun + ("es" if noun.endswith(("s", "x", "z", "ch", "sh")) else "s")]
+def coco_categories(instances):
+    """{category: all words and phrases that name it} of a COCO instances file: its own "synonyms" (as the scenes have them), those
+    of COCO's 80 categories, or the name and its plural."""
+    known = read_synonyms(COCO_SYNONYMS)
+    categories = instances.get("categories", [])
+    return {c["name"]: c.get("synonyms") or known.get(c["name"]) or forms(c["name"]) for c in categories}
 
 
 def read_scenes(root):
@@ -151,7 +152,7 @@ def read_karpathy(json_file, images_root):
             raise UserError(f"{json_file} has a split '{image['split']}'; known are {', '.join(KARPATHY_SPLITS)}")
         captions = [sentence["raw"].strip() for sentence in image["sentences"]]
         splits[KARPATHY_SPLITS[image["split"]]].append(_entry(image["imgid"], image["filename"], image, captions))
-    return Raw(dict(splits), images_root)
+    return Raw(dict(splits), images_root, read_synonyms(FLICKR_SYNONYMS))
 
 
 def read_flickr(name, root):
@@ -159,7 +160,47 @@ def read_flickr(name, root):
     folder = next((root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir()), None)
     if folder is None:
         raise UserError(f"there is no images folder in {root}; it may be called {', '.join(IMAGE_FOLDERS)}")
-    return read_karpathy(root / f"dataset_{name}.json", folder)
+    raw = read_karpathy(root / f"dataset_{name}.json", folder)
+    entities = next((root / folder for folder in ENTITIES_FOLDERS if (root / folder / "Annotations").is_dir()), None)
+    if entities:
+        phrases = object_phrases(raw.categories)
+        for entry in (entry for entries in raw.splits.values() for entry in entries):
+            entry["objects"] = read_entities(entities, folder / entry["file"], phrases)
+    return raw
+
+
+def read_entities(folder, image, phrases):
+    """The boxes of one image in Flickr30k Entities (Plummer et al. 2015), [] if it has none there.
+
+    A box belongs to a chain of phrases in the sentences: "words" are their last words, its "category" is what these name, or
+    the first of them where that is no category. Boxes are scaled from the annotated picture to the size of the file.
+    """
+    name = image.stem.split("_")[0]  # Flickr8k adds a second number
+    annotation, sentences = folder / "Annotations" / f"{name}.xml", folder / "Sentences" / f"{name}.txt"
+    if not annotation.is_file() or not image.is_file():
+        return []
+    try:
+        tree, text = ElementTree.parse(annotation), sentences.read_text(encoding="utf-8")
+        annotated = [int(tree.findtext(f"size/{side}")) for side in ("width", "height")]
+    except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+        raise UserError(f"{annotation} and {sentences} are not of Flickr30k Entities ({error})") from None
+    scale = [true / side for true, side in zip(_image_size(image), annotated)] * 2
+    chains = defaultdict(list)
+    for chain, phrase in re.findall(r"\[/EN#(\d+)/\S+ ([^\]]+)\]", text):
+        chains[chain] += tokenize(phrase)[-1:]
+    objects = []
+    for thing in tree.iter("object"):
+        for chain in (element.text for element in thing.iter("name") if chains[element.text]):
+            words = sorted(set(chains[chain]), key=chains[chain].index)
+            category = next(iter(mentioned_objects(words, phrases)), words[0])
+            objects += [{"category": category, "bbox": box, "words": words} for box in _boxes(thing, scale)]
+    return objects
+
+
+def _boxes(thing, scale):
+    """The boxes x1 y1 x2 y2 of one <object>."""
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    return [[int(box.findtext(corner)) * factor for corner, factor in zip(corners, scale)] for box in thing.iter("bndbox")]
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from captiondata import CaptionDataset, encoder_path, features_path, image_transform
 from captioner import MODELS, CaptionerConfig, build_captioner, evaluating, read_checkpoint
+from captionmetrics import caption_metrics
 from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder
-from evaluation import caption_metrics, dataset_folder, decode_split
+from evaluation import dataset_folder, decode_split
 
 # Two sets of defaults. "paper" is what the authors' code uses (§4 and the final version);
 # "scenes" is smaller and quicker, for an encoder that learns from nothing in a few minutes.
@@ -54,7 +55,7 @@ def object_targets(dataset):
     columns = {category: column for column, category in enumerate(dataset.info["categories"])}
     targets = torch.zeros(len(dataset), len(columns))
     for row, entry in enumerate(dataset.entries):
-        targets[row, [columns[thing["category"]] for thing in entry["objects"]]] = 1
+        targets[row, [columns[thing["category"]] for thing in entry["objects"] if thing["category"] in columns]] = 1
     return targets
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import preparedataset
 from captiondata import CaptionDataset, features_path, image_transform
 from commandline import UserError, read_json, write_json
-from preparedataset import cache_features, draw_scenes, encode_captions, prepare, surface_words
+from preparedataset import cache_features, draw_scenes, encode_captions, prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared" / "data"
@@ -83,7 +83,7 @@ def test_coco_is_split_by_id_and_keeps_objects(coco, tmp_path):
     assert val.entries[0]["file"] == "train2017/000000000030.jpg" and val.entries[0]["captions"][1] == "A dog, no. 1"
     assert val.entries[0]["objects"] == [{"category": "dog", "bbox": [2, 1, 10, 7], "iscrowd": 0, "main": True,
                                           "segmentation": [[2, 1, 10, 1, 10, 7]]}]
-    assert info["categories"] == {"dog": ["dog", "dogs"], "bus": ["bus", "buses"]}
+    assert info["categories"].keys() == {"dog", "bus"} and {"dog", "dogs", "puppies"} <= set(info["categories"]["dog"])
     assert val.vocabulary.words[1:7] == ["a", "dog", "no", "0", "1", "2"] and info["max_length"] == 4
 
 
@@ -102,6 +102,30 @@ def test_scenes_carry_synonyms_pairs_and_a_relative_images_root(tmp_path):
     assert info["images_root"] == "." and info["planted_pairs"] == [["dog", "ball"]]
     assert info["categories"] == {"dog": ["dog", "puppy"]}
     assert CaptionDataset(tmp_path / "s", "test").image(0).size == (20, 10)
+
+
+ENTITY = """<annotation><filename>7.jpg</filename><size><width>500</width><height>400</height><depth>3</depth></size>
+<object><name>11</name><bndbox><xmin>100</xmin><ymin>40</ymin><xmax>250</xmax><ymax>400</ymax></bndbox></object>
+<object><name>12</name><name>13</name><bndbox><xmin>0</xmin><ymin>0</ymin><xmax>500</xmax><ymax>200</ymax></bndbox></object>
+<object><name>14</name><scene>1</scene><nobndbox>0</nobndbox></object></annotation>"""
+SENTENCES = """[/EN#11/people A young man] throws [/EN#12/other a frisbee] .
+[/EN#11/people A guy] with [/EN#13/other a gadget] on [/EN#14/scene the street]"""
+
+
+def test_entities_become_boxes_of_the_images_own_size(flickr, tmp_path):
+    for folder, name, text in (("Annotations", "1.xml", ENTITY), ("Sentences", "1.txt", SENTENCES)):
+        (flickr / "Flickr30kEntities" / folder).mkdir(parents=True)
+        (flickr / "Flickr30kEntities" / folder / name).write_text(text)
+    prepare("flickr8k", flickr, tmp_path / "out", min_word_freq=1)
+    objects = {entry["file"]: entry["objects"] for entry in CaptionDataset(tmp_path / "out", "train").entries}
+    assert objects["0.jpg"] == objects["3.jpg"] == []
+    assert objects["1.jpg"] == [  # 20 x 10 pixels
+        {"category": "person", "bbox": [4, 1, 10, 10], "words": ["man", "guy"]},
+        {"category": "frisbee", "bbox": [0, 0, 20, 5], "words": ["frisbee"]},
+        {"category": "gadget", "bbox": [0, 0, 20, 5], "words": ["gadget"]},
+    ]
+    (flickr / "Flickr30kEntities/Annotations/1.xml").write_text("<annotation>")
+    assert_refused("Flickr30k Entities", "flickr8k", flickr, tmp_path / "other", min_word_freq=1)
 
 
 def test_flickr_uses_raw_sentences_and_has_no_test_split(flickr, tmp_path):
@@ -145,12 +169,6 @@ def test_sampling_of_five_depends_on_the_seed_only():
     lengths = [[len(ids) for ids in encode_captions({"train": [entry]}, 1, 30, seed)[1]["train"][0]["encoded"]]
                for seed in (0, 0, 1)]
     assert lengths[0] == lengths[1] != lengths[2] and len(set(lengths[0])) == 5
-
-
-def test_surface_words():
-    assert surface_words("person") == ["people", "person"] and surface_words("sheep") == ["sheep"]
-    assert surface_words("wine glass") == ["wine glass", "wine glasses"]
-    assert surface_words("couch") == ["couch", "couches"] and surface_words("car") == ["car", "cars"]
 
 
 def test_missing_or_zipped_root(tmp_path):

@@ -1,0 +1,128 @@
+"""CIDEr-D (Vedantam et al. 2015) with the document frequencies of a training corpus, as tensor operations.
+
+pycocoevalcap's `Cider` computes the same formula with document frequencies of the very references that it scores against, one
+caption at a time. Here the corpus is given once and whole batches are scored on any device, so it serves as a reward too.
+"""
+
+import torch
+
+ROWS = 256  # hypotheses scored at once; bounds the memory of comparing n-grams
+
+
+class CiderD:
+    """The scorer of one corpus. A document is the set of references of one image.
+
+    documents: for each image a list of references, each a list of word ids from 1 to `words` (0 is padding); sigma: of the penalty
+    on lengths that differ, in words. ValueError for more words than 4-grams can be told apart in 64 bits (55,107).
+    """
+
+    def __init__(self, documents, words, n=4, sigma=6.0, device="cpu"):
+        self.base, self.n, self.sigma, self.device = words + 1, n, sigma, torch.device(device)
+        if self.base**n >= 2**63:
+            raise ValueError(f"{words} words are too many for {n}-grams in 64 bits")
+        owners = torch.tensor([index for index, references in enumerate(documents) for _ in references])
+        captions = padded([caption for references in documents for caption in references])
+        self.log_documents = torch.tensor(float(len(documents)), dtype=torch.float64).log().to(self.device)
+        self.frequencies = [self._frequencies(self.keys(captions, order), owners) for order in range(1, n + 1)]
+        self.vocabulary = None
+
+    @classmethod
+    def of_sentences(cls, corpus, **options):
+        """The scorer of {key: list of tokenised reference sentences}, for `compute_score`."""
+        vocabulary = {}
+        documents = [[_encode(sentence, vocabulary) for sentence in sentences] for sentences in corpus.values()]
+        scorer = cls(documents, 2 * len(vocabulary) + 1000, **options)  # other words come with the hypotheses
+        scorer.vocabulary = vocabulary
+        return scorer
+
+    def keys(self, captions, order):
+        """captions (..., T) -> one number (..., max(T - order + 1, 0)) for each n-gram of this order; -1 where it is cut."""
+        if captions.shape[-1] < order:
+            return captions.new_full((*captions.shape[:-1], 0), -1)
+        windows = captions.unfold(-1, order, 1)  # (..., T - order + 1, order)
+        powers = self.base ** torch.arange(order, device=captions.device)
+        return (windows * powers).sum(-1).masked_fill((windows == 0).any(-1), -1)
+
+    def _frequencies(self, keys, owners):
+        """The n-grams of the corpus, sorted, and the logarithm of the number of documents that each is in."""
+        owners = owners.unsqueeze(1).expand_as(keys)[keys >= 0]
+        known, index = keys[keys >= 0].unique(return_inverse=True)
+        pairs = (owners * max(len(known), 1) + index).unique()
+        counts = torch.bincount(pairs % max(len(known), 1), minlength=len(known))
+        return known.to(self.device), counts.double().log().to(self.device)
+
+    def _idf(self, keys, order):
+        """The inverse document frequency (nats) of each n-gram; that of one not in the corpus is log N."""
+        known, log_counts = self.frequencies[order - 1]
+        if not len(known):
+            return self.log_documents.expand(keys.shape)
+        place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
+        return self.log_documents - torch.where(known[place] == keys, log_counts[place], 0.0)
+
+    def score(self, hypotheses, references, number=None):
+        """hypotheses (B, S, T) and references (B, M, T') of the same B images, word ids padded with 0 -> scores (B, S), 0..10.
+
+        A reference of padding only does not count, unless `number` (B,) tells how many references each image has.
+        """
+        hypotheses, references = hypotheses.to(self.device), references.to(self.device)
+        number = (references != 0).any(-1).sum(-1) if number is None else number.to(self.device)
+        step = max(1, ROWS // hypotheses.shape[1])
+        scores = [self._score(*part) for part in zip(hypotheses.split(step), references.split(step))]
+        return torch.cat(scores) / number.clamp(min=1).unsqueeze(-1)
+
+    def _score(self, hypotheses, references):
+        """As `score`, the sum over the references."""
+        hypotheses, references = trimmed(hypotheses), trimmed(references)
+        lengths = [(captions != 0).sum(-1).sub(1).clamp(min=0) for captions in (hypotheses, references)]  # in bigrams, as pycocoevalcap
+        difference = (lengths[0].unsqueeze(-1) - lengths[1].unsqueeze(-2)).double()  # (B, S, M)
+        total = sum(self._similarity(self.keys(hypotheses, n), self.keys(references, n), n) for n in range(1, self.n + 1))
+        penalty = torch.exp(-(difference**2) / (2 * self.sigma**2))
+        return 10 / self.n * (total * penalty).sum(-1)
+
+    def _similarity(self, hypotheses, references, order):
+        """n-grams (B, S, P) and (B, M, Q) -> clipped cosine of their tf-idf vectors (B, S, M). A sum over different n-grams is
+        taken over all positions, each divided by how often its n-gram occurs."""
+        (counts, weights, norm), (_, _, norm_of_references) = (self._vector(keys, order) for keys in (hypotheses, references))
+        found = (hypotheses[:, :, None, :, None] == references[:, None, :, None, :]).sum(-1)  # (B, S, M, P)
+        clipped = torch.minimum(found, counts.unsqueeze(2)) * found / counts.clamp(min=1).unsqueeze(2).double()
+        product = (clipped * weights.square().unsqueeze(2)).sum(-1)
+        norms = norm.unsqueeze(-1) * norm_of_references.unsqueeze(-2)
+        return torch.where(norms > 0, product / norms.clamp(min=1e-300), 0.0)
+
+    def _vector(self, keys, order):
+        """n-grams (B, S, P) -> how often each occurs in its caption, its idf (0 where it is cut), and the norms (B, S)."""
+        valid = keys >= 0
+        counts = (keys.unsqueeze(-1) == keys.unsqueeze(-2)).sum(-1) * valid
+        weights = self._idf(keys, order) * valid
+        return counts, weights, (counts * weights.square()).sum(-1).sqrt()
+
+    def compute_score(self, gts, res):
+        """{key: reference sentences}, {key: [sentence]}, tokenised -> the mean and a list of each image's score."""
+        known = dict(self.vocabulary)
+        hypotheses = [[_encode(res[key][0], known)] for key in gts]
+        references = [[_encode(sentence, known) for sentence in gts[key]] for key in gts]
+        if len(known) >= self.base:
+            raise ValueError("there are more new words than words in the corpus")
+        longest = max(map(len, references))
+        number = torch.tensor(list(map(len, references)))
+        flat = padded([caption for row in references for caption in row + [[]] * (longest - len(row))])
+        scores = self.score(padded([row[0] for row in hypotheses]).unsqueeze(1), flat.unflatten(0, (-1, longest)), number)
+        return scores.mean().item(), scores.squeeze(1).tolist()
+
+
+def padded(captions):
+    """Lists of word ids -> (captions, longest), padded with 0."""
+    result = torch.zeros(len(captions), max(map(len, captions), default=0), dtype=torch.long)
+    for row, caption in zip(result, captions):
+        row[: len(caption)] = torch.tensor(caption, dtype=torch.long)
+    return result
+
+
+def trimmed(captions):
+    """captions (..., T) without the columns that are padding in all of them."""
+    return captions[..., : int((captions != 0).sum(-1).max())]
+
+
+def _encode(sentence, vocabulary):
+    """The ids of a sentence's words; new words are added to the vocabulary."""
+    return [vocabulary.setdefault(word, len(vocabulary) + 1) for word in sentence.split()]
