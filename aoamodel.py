@@ -59,13 +59,13 @@ class AoACaptioner(Captioner):
         return F.linear(embeddings, self.lstm.weight_ih_l0[:, : self.config.embed_dim])
 
     def step(self, word_input, state, memory, rules=TrueGradient):
-        """One word further: word_input (B, N, 4H) -> c + h (B, N, H), the new state, alpha (B, N, heads, L), no beta."""
+        """One word further: word_input (B, N, 4H) -> c, h (B, N, H), the new state, alpha (B, N, heads, L), no beta."""
         hidden, cell = state
         gates = word_input + memory["image_gates"] + F.linear(hidden, self.lstm.weight_hh_l0)
         cell, squashed, output_gate = lstm_cell(gates, cell, rules)
         hidden = output_gate * squashed
-        output, alpha = self._attend(hidden, memory, rules)
-        return output, (hidden, cell), alpha, None
+        context, alpha = self._attend(hidden, memory, rules)
+        return context, hidden, (hidden, cell), alpha, None
 
     def unroll(self, embeddings, memory, rules=TrueGradient):
         """As Captioner.unroll, all steps at once where that can be."""
@@ -75,21 +75,20 @@ class AoACaptioner(Captioner):
         mean = memory["mean"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
         inputs = torch.cat([embeddings, mean], dim=-1).flatten(0, 1)  # (B*N, T, E+H)
         hidden = self.lstm(inputs)[0].reshape(batch, captions * steps, -1)
-        output, alpha = self._attend(hidden, memory, rules)
-        return output.unflatten(1, (captions, steps)), alpha.unflatten(1, (captions, steps)), None
+        context, alpha = self._attend(hidden, memory, rules)
+        return *(part.unflatten(1, (captions, steps)) for part in (context, hidden, alpha)), None
 
     def _attend(self, hidden, memory, rules):
-        """hidden (B, M, H) -> c + h (B, M, H) and alpha (B, M, heads, L), for any M captions or steps."""
+        """hidden (B, M, H) -> c (B, M, H) and alpha (B, M, heads, L), for any M captions or steps."""
         query = rules.factor(self._by_head(rules.epsilon(self.query(hidden))))  # (B, heads, M, H/heads)
         scores = rules.epsilon(query @ memory["keys"].transpose(-1, -2) * query.shape[-1] ** -0.5)
         if memory["mask"] is not None:
             scores = scores.masked_fill(~memory["mask"][:, None, None], -torch.inf)
         alpha = scores.softmax(dim=-1)
-        weights = rules.weights(F.dropout(alpha, ATTENTION_DROPOUT, self.training))
+        weights = rules.weights(F.dropout(alpha, ATTENTION_DROPOUT, self.training and self.dropout.p > 0))
         context = rules.epsilon((weights @ memory["values"]).transpose(1, 2).flatten(2))
         gate = rules.constant(torch.sigmoid(self.context_gate(hidden)))
-        context = gate * rules.epsilon(self.context_projection(context))
-        return rules.epsilon(context + hidden), alpha.transpose(1, 2)
+        return gate * rules.epsilon(self.context_projection(context)), alpha.transpose(1, 2)
 
     def _by_head(self, x):
         """(B, M, H) -> (B, heads, M, H/heads)."""

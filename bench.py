@@ -113,7 +113,8 @@ def forward_and_backward(captioner, images, targets):
     images = images.clone().requires_grad_()
     embeddings = captioner.embedding(targets).detach().requires_grad_()
     memory = captioner.look(captioner.encoder(images))
-    logits = captioner.fc(captioner.unroll(embeddings.unsqueeze(1), memory)[0][:, 0])
+    context, hidden, *_ = captioner.unroll(embeddings.unsqueeze(1), memory)
+    logits = captioner.last_layer(context, hidden)[:, 0]
     scores = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     seeds = torch.eye(targets.shape[1], device=images.device).unsqueeze(1)
     return torch.autograd.grad(scores, (images, embeddings), seeds, is_grads_batched=True)
@@ -151,8 +152,8 @@ def stepped_logits(captioner, features, inputs, look_once=False):
     state = captioner.start(memory, inputs.shape[1])
     for words in inputs.unbind(dim=2):
         memory = memory if look_once else captioner.look(features)
-        output, state, *_ = captioner.step(captioner.word_inputs(captioner.embedding(words), memory), state, memory)
-        logits.append(captioner.fc(output))
+        context, hidden, state, *_ = captioner.step(captioner.word_inputs(captioner.embedding(words), memory), state, memory)
+        logits.append(captioner.last_layer(context, hidden))
     return torch.stack(logits, dim=2)
 
 

@@ -22,6 +22,17 @@ from commandline import UserError, read_json, write_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TOKENIZER = RegexpTokenizer(r"\w+")
+# NLTK's list of English stop words, which wants a download there.
+STOP_WORDS = frozenset("""
+i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his himself she she's her
+hers herself it it's its itself they them their theirs themselves what which who whom this that that'll these those am is are was
+were be been being have has had having do does did doing a an the and but if or because as until while of at by for with about
+against between into through during before after above below to from up down in out on off over under again further then once here
+there when where why how all any both each few more most other some such no nor not only own same so than too very s t can will
+just don don't should should've now d ll m o re ve y ain aren aren't couldn couldn't didn didn't doesn doesn't hadn hadn't hasn
+hasn't haven haven't isn isn't ma mightn mightn't mustn mustn't needn needn't shan shan't shouldn shouldn't wasn wasn't weren
+weren't won won't wouldn wouldn't
+""".split())
 
 
 def tokenize(caption):
@@ -164,6 +175,7 @@ class CaptionDataset(Dataset):
         self.vocabulary = Vocabulary.load(self.folder / "vocabulary.json")
         self.entries = read_json(self.folder / f"{split}.json")
         self._open_file = None  # (process id, h5py.File)
+        self.augmentation_seed, self.epoch = None, 0  # with a seed, the transform's randomness depends on seed, epoch and index only
         self.features_attributes = self._check_cache() if features else None
 
     def __len__(self):
@@ -198,7 +210,13 @@ class CaptionDataset(Dataset):
         if self.regions:
             return load_regions(Path(self.regions) / self.split / f"{Path(self.entries[index]['file']).name}.hdf5")[0]
         image = self.image(index)
-        return self.transform(image) if self.transform else v2.functional.pil_to_tensor(image) / 255
+        if self.transform is None:
+            return v2.functional.pil_to_tensor(image) / 255
+        if self.augmentation_seed is None:
+            return self.transform(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((self.augmentation_seed * 1_000_003 + self.epoch) * 1_000_003 + index) % 2**63)
+            return self.transform(image)
 
     def _row(self, index):
         """One row of the cache; every process (DataLoader worker) opens the file for itself, as HDF5 requires."""

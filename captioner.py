@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import decoding
@@ -140,13 +141,13 @@ class Captioner(nn.Module):
         return (regions * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
     def unroll(self, embeddings, memory, rules=TrueGradient):
-        """Teacher forcing: embeddings (B, N, T, E) of the inputs -> outputs (B, N, T, H) before the last layer,
-        attention (B, N, T, heads, L), beta (B, N, T) or None for a captioner without a sentinel."""
+        """Teacher forcing: embeddings (B, N, T, E) of the inputs -> context and hidden (B, N, T, H), the sum of which goes into
+        the last layer, attention (B, N, T, heads, L), beta (B, N, T) or None for a captioner without a sentinel."""
         state = self.start(memory, embeddings.shape[1])
         steps = []
         for word_input in self.word_inputs(embeddings, memory).unbind(dim=2):
-            output, state, *attention = self.step(word_input, state, memory, rules)
-            steps.append((output, *attention))
+            context, hidden, state, *attention = self.step(word_input, state, memory, rules)
+            steps.append((context, hidden, *attention))
         return tuple(None if parts[0] is None else torch.stack(parts, dim=2) for parts in zip(*steps))
 
     def all_at_once(self, rules):
@@ -154,15 +155,20 @@ class Captioner(nn.Module):
         LSTM, and cuDNN's has a backward in training mode only."""
         return not rules.stepwise and (self.training or not torch.is_grad_enabled())
 
-    def forward(self, features, inputs, ss_prob=0.0):
+    def last_layer(self, context, hidden):
+        """context and hidden (..., H) -> logits (..., V) of the next words."""
+        return self.fc(self.dropout(context + hidden))
+
+    def forward(self, features, inputs, ss_prob=0.0, last_layer=None):
         """features (B, L, D), inputs (B, N, T) word ids, N captions an image -> logits (B, N, T, V) of the next words.
 
-        ss_prob: the probability that an input is replaced by the captioner's own last prediction.
+        ss_prob: the probability that an input is replaced by the captioner's own last prediction; last_layer: a function to take
+        instead of the method of that name.
         """
         memory = self.look(features)
         if ss_prob:
             inputs = self._scheduled_inputs(memory, inputs, ss_prob)
-        return self.fc(self.dropout(self.unroll(self.embedding(inputs), memory)[0]))
+        return (last_layer or self.last_layer)(*self.unroll(self.embedding(inputs), memory)[:2])
 
     @torch.no_grad()
     def _scheduled_inputs(self, memory, inputs, ss_prob):
@@ -177,13 +183,13 @@ class Captioner(nn.Module):
             predicted = log_probabilities.argmax(-1)
         return inputs
 
-    def next_words(self, words, state, memory):
+    def next_words(self, words, state, memory, last_layer=None):
         """One decoding step: words (B, N) just said -> log-probabilities (B, N, V) of the next, and the new state.
 
         `<pad>`, `<start>` and `<unk>` are never said (-inf), so that every word of a caption can be explained.
         """
-        output, state, *_ = self.step(self.word_inputs(self.embedding(words), memory), state, memory)
-        return self.fc(output).log_softmax(dim=-1) + self.silence, state
+        context, hidden, state, *_ = self.step(self.word_inputs(self.embedding(words), memory), state, memory)
+        return (last_layer or self.last_layer)(context, hidden).log_softmax(dim=-1) + self.silence, state
 
     @torch.no_grad()
     def decode(self, features, method="beam", beam_size=3, max_length=None, every=False, strip=(), **options):
@@ -261,8 +267,19 @@ class Captioner(nn.Module):
         return [slice(first, first + size) for first in range(0, len(images), size)]
 
     def _explain_chunk(self, images, ids, method, encoder):
-        """All words of all these images by one forward and one backward with T gradients an image."""
+        """The Explanations of a few images for their captions, lists of word ids."""
         inputs, targets = self._padded(ids)
+        words = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+        batch, beta = self.propagate(images, inputs, targets, words, method, encoder)
+        return [self._explanation(row, caption, batch, beta) for row, caption in enumerate(ids)]
+
+    def propagate(self, images, inputs, targets, words, method, encoder):
+        """Explain, by one forward and one backward with K gradients an image, the logits of K words of each image's caption.
+
+        images (B, 3, H, W) or features that are given; inputs and targets (B, T) word ids; words (B, K): which of the T;
+        method: a Method; encoder: this captioner's, batch-norm folded. Returns a dict of the fields of Explanation, each with B
+        first, relevance (B, K, ...), scores, probabilities and attention (B, T, ...), and beta (B, 1, T) or None.
+        """
         rules, through = method.rules(), method.pixels and not encoder.given
         images = images.detach().requires_grad_(through)
         with torch.enable_grad():
@@ -270,25 +287,25 @@ class Captioner(nn.Module):
                 features = encoder(images)
             features = features if through else features.detach().requires_grad_()
             embeddings = self.embedding(inputs).detach().requires_grad_()
-            outputs, attention, beta = self.unroll(embeddings.unsqueeze(1), self.look(features, rules), rules)
-            outputs = outputs.squeeze(1)  # (B, T, H)
+            parts = self.unroll(embeddings.unsqueeze(1), self.look(features, rules), rules)
+            context, hidden, attention = (part.squeeze(1) for part in parts[:3])
+            outputs = rules.epsilon(context + hidden)  # (B, T, H)
             scores = rules.epsilon((outputs * self.fc.weight[targets]).sum(-1) + self.fc.bias[targets])
         leaves = (None if encoder.given else images, features, embeddings)
-        gradients = self._word_gradients(scores, leaves)
+        gradients = self._word_gradients(scores, words, leaves)
         with torch.no_grad():
-            attention = attention.squeeze(1)  # (B, T, heads, L)
             maps = method.relevance(leaves, gradients, attention.transpose(0, 1), encoder.grid)
             names = ("image_relevance", "region_relevance", "word_relevance")
             batch = {name: part.transpose(0, 1) for name, part in zip(names, maps) if part is not None}
             probabilities = self.fc(outputs).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
             batch |= {"scores": scores, "probabilities": probabilities, "attention": attention}
-        return [self._explanation(row, caption, batch, beta) for row, caption in enumerate(ids)]
+        return batch, parts[3]
 
     @staticmethod
-    def _word_gradients(scores, leaves):
-        """scores (B, T) of T words -> for each leaf (B, ...) its gradients (T, B, ...), None for one that wants none."""
-        words = scores.shape[1]
-        seeds = torch.eye(words).to(scores).unsqueeze(1).expand(-1, len(scores), -1)  # (T, B, T): gradient t is of word t
+    def _word_gradients(scores, words, leaves):
+        """scores (B, T), words (B, K) -> for each leaf (B, ...) the gradients (K, B, ...) of the scores of these words, None for
+        one that wants none."""
+        seeds = F.one_hot(words, scores.shape[1]).to(scores).transpose(0, 1)  # (K, B, T)
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(scores, wanted, seeds, is_grads_batched=True))
         return [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]

@@ -88,12 +88,12 @@ class AdaptiveCaptioner(AdaptiveAttention):
         return (self.zeros(memory, captions),) * 2
 
     def step(self, word_input, state, memory, rules=TrueGradient):
-        """One word further: word_input (B, N, 5H) -> c_hat + h (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
+        """One word further: word_input (B, N, 5H) -> c_hat, h (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
         hidden, cell = state
         gates = word_input + memory["image_gates"] + F.linear(hidden, memory["weights"]["recurrent"])
         hidden, cell, sentinel = self._sentinel_lstm(gates, cell, rules)
         context, alpha, beta = self._attend(hidden, sentinel, memory, rules)
-        return rules.epsilon(context + hidden), (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
+        return context, hidden, (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
 
     def unroll(self, embeddings, memory, rules=TrueGradient):
         """As Captioner.unroll. Nothing of the attention goes back into the LSTM, so all steps can be taken at once; tanh of the
@@ -108,7 +108,7 @@ class AdaptiveCaptioner(AdaptiveAttention):
         gates = self.word_inputs(embeddings.flatten(1, 2), memory) + memory["image_gates"] + F.linear(before, memory["weights"]["recurrent"])
         output_gate, sentinel_gate = torch.sigmoid(gates[..., -2 * self.config.hidden_dim :]).chunk(2, dim=-1)
         context, alpha, beta = self._attend(hidden, sentinel_gate * hidden / output_gate, memory, rules)
-        parts = context + hidden, alpha.unsqueeze(-2), beta.squeeze(-1)
+        parts = context, hidden, alpha.unsqueeze(-2), beta.squeeze(-1)
         return tuple(part.unflatten(1, (captions, steps)) for part in parts)
 
 
@@ -147,7 +147,7 @@ class GridTDCaptioner(AdaptiveAttention):
         return (self.zeros(memory, captions),) * 4
 
     def step(self, word_input, state, memory, rules=TrueGradient):
-        """One word further: word_input (B, N, 5H) -> c_hat + h2 (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
+        """One word further: word_input (B, N, 5H) -> c_hat, h2 (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
         (h1, m1, h2, m2), weights = state, memory["weights"]
         gates = word_input + memory["image_gates"] + F.linear(torch.cat([h2, h1], dim=-1), weights["attention"])
         h1, m1, sentinel = self._sentinel_lstm(gates, m1, rules)
@@ -155,4 +155,4 @@ class GridTDCaptioner(AdaptiveAttention):
         gates = F.linear(torch.cat([context, h1, h2], dim=-1), weights["language"], weights["language_bias"])
         m2, squashed, output_gate = lstm_cell(gates, m2, rules)
         h2 = output_gate * squashed
-        return rules.epsilon(context + h2), (h1, m1, h2, m2), alpha.unsqueeze(-2), beta.squeeze(-1)
+        return context, h2, (h1, m1, h2, m2), alpha.unsqueeze(-2), beta.squeeze(-1)

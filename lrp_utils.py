@@ -113,6 +113,19 @@ class AttnLRP(LRP):
     weights = factor
 
 
+def inference_weights(context, hidden, rows, scores, epsilon=EPSILON):
+    """LRP-inference's omega = 1 + R / max|R| of context and hidden, between 0 and 2 (final version of the paper, §3.5).
+
+    context, hidden (..., H) are summed into the last layer; rows (..., H) are its weights for the explained words and scores
+    (...) their logits. Only these words carry relevance, so the sum over the vocabulary in the epsilon-rule is its one term:
+    R(sum) = sum * row * score / st(score), R(part) = R(sum) * part / st(sum). Where nothing arrives omega is 1.
+    """
+    total = context + hidden
+    shared = total * rows * (scores / stabilize(scores, epsilon)).unsqueeze(-1) / stabilize(total, epsilon)
+    relevances = shared * context, shared * hidden
+    return tuple(1 + safe_ratio(relevance, relevance.abs().amax(-1, keepdim=True)) for relevance in relevances)
+
+
 class _AlphaOneBetaZero(torch.autograd.Function):
     """A convolution y = w * x + b whose backward shares relevance by the alpha1-beta0 rule, bias left out:
 

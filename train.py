@@ -1,12 +1,18 @@
 """Train a captioner with cross-entropy; an encoder without ImageNet weights first learns to name the objects in the images.
+Fine-tune a trained one by SCST, by LRP-inference, or by both.
 
     python train.py                                                       # the embedded scenes, a few minutes on 2 cores
     python train.py --dataset flickr8k --encoder squeezenet1_1            # on cached features, if preparedataset.py made them
     python train.py --dataset coco2017 --encoder vgg16 --finetune_encoder # from the images
-    python train.py --resume checkpoints/scenes-gridtd.last.pt            # go on where it stopped
+    python train.py --resume checkpoints/scenes-gridtd.last.pt            # go on where it stopped, to the same end
+    python train.py --cider_tune                                          # SCST from checkpoints/scenes-gridtd.pt, or --resume CKPT
+    python train.py --lrp_tune                                            # LRP-inference fine-tuning
+    python train.py --lrp_tune --lrp_lambda 1                             # its baseline: as many steps without LRP
+    python train.py --lrp_cider_tune                                      # LRP-inference with SCST
 
-After every epoch the validation images are captioned; the best captioner by CIDEr is checkpoints/NAME.pt, the last one,
-with all that is needed to go on, checkpoints/NAME.last.pt, and the figures of each epoch a line of checkpoints/NAME.jsonl.
+After every epoch the validation images are captioned; the captioner (the best by CIDEr, or after fine-tuning the last) is
+checkpoints/NAME.pt, the last one with all that is needed to go on checkpoints/NAME.last.pt, and the figures of each epoch are
+a line of checkpoints/NAME.jsonl and a curve in checkpoints/NAME.training.png.
 """
 
 import argparse
@@ -17,17 +23,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from captiondata import CaptionDataset, encoder_path, features_path, image_transform
-from captioner import MODELS, CaptionerConfig, build_captioner, evaluating, read_checkpoint
+from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
 from captionmetrics import caption_metrics
-from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed
+from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_atomically
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder
 from evaluation import dataset_folder, decode_split
+from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference
 
 # Two sets of defaults. "paper" is what the authors' code uses (§4 and the final version);
 # "scenes" is smaller and quicker, for an encoder that learns from nothing in a few minutes.
@@ -47,6 +55,16 @@ PAPER_MODELS = {  # what the authors' code sets for one captioner only
     "aoa": {"epochs": 50, "dropout": 0.3},
 }
 ADAM_BETAS = (0.8, 0.999)
+# What fine-tuning changes. The paper's LRP-inference: 1e-6, 320 steps on Flickr30k, 500 on COCO (§4.4). No dropout: the captions
+# that SCST samples come from the distribution whose log-probability is raised.
+MODES = ("cider_tune", "lrp_tune", "lrp_cider_tune")
+TUNING = {
+    "lrp_tune": {"decoder_lr": 1e-6, "encoder_lr": 1e-6, "max_iterations": 500},
+    "cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
+    "lrp_cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
+}
+TUNING_COMMON = {"dropout": 0.0, "epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0}
+FLICKR_ITERATIONS = 320
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_FLOOR = 0.8, 2, 2e-5  # lr x 0.8 after 2 epochs without a gain in CIDEr
 
 
@@ -94,48 +112,6 @@ def one_cycle(optimizer, steps):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False)
 
 
-def caption_loss(logits, targets, pad):
-    """Cross-entropy (nats), the mean over all words that are not padding: logits (..., V), targets (...)."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=pad)
-
-
-def training_batch(captions, captions_per_image, pad):
-    """Captions (B, 5, L) -> inputs and targets (B, N, T): N of the five, drawn anew, cut to the longest."""
-    if captions_per_image < captions.shape[1]:
-        order = torch.rand(captions.shape[:2]).argsort(dim=1)[:, :captions_per_image]
-        captions = captions.gather(1, order.unsqueeze(-1).expand(-1, -1, captions.shape[-1]))
-    longest = int((captions != pad).sum(-1).max())
-    return captions[..., : longest - 1], captions[..., 1:longest]
-
-
-def train_epoch(captioner, loader, optimizer, scheduler, args, epoch):
-    """One pass over the training images; returns the mean loss. UserError if the loss stops being finite."""
-    captioner.train()
-    captioner.encoder.train(args.finetune_encoder)
-    pad, total = captioner.vocabulary.pad, torch.zeros(())
-    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False)
-    for step, (inputs, captions, indices) in enumerate(bar):
-        inputs = inputs.to(captioner.device, non_blocking=True)
-        words, targets = training_batch(captions, args.captions_per_image, pad)
-        words, targets = words.to(captioner.device), targets.to(captioner.device)
-        with torch.autocast(captioner.device.type, torch.bfloat16, enabled=args.bfloat16):
-            features = inputs if loader.dataset.features else captioner.encoder(inputs)
-            logits = captioner(features, words, args.ss_prob)
-        loss = caption_loss(logits.float(), targets, pad)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(f"the loss is {value} in epoch {epoch}, step {step} (images {indices.tolist()}); try a lower --decoder_lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_value_((p for group in optimizer.param_groups for p in group["params"]), args.grad_clip)
-        optimizer.step()
-        if args.schedule == "cosine":
-            scheduler.step()
-        total += value
-        bar.set_postfix(loss=f"{value:.3f}")
-    return float(total / len(loader))
-
-
 def build_optimizer(captioner, args, steps):
     """Adam over the decoder and, if it is tuned, the encoder, and the schedule of their learning rates."""
     groups = [{"params": captioner.decoder_parameters(), "lr": args.decoder_lr}]
@@ -144,20 +120,36 @@ def build_optimizer(captioner, args, steps):
     optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS)
     if args.schedule == "cosine":
         return optimizer, one_cycle(optimizer, steps)
+    if args.schedule == "constant":
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, "max", PLATEAU_FACTOR, PLATEAU_PATIENCE - 1, threshold=0, min_lr=PLATEAU_FLOOR
     )
 
 
+def build_objective(captioner, dataset, args):
+    """What the mode minimises; see objectives.py."""
+    if args.mode == "cross_entropy" or args.mode == "lrp_tune" and args.lrp_lambda == 1:
+        return CrossEntropy(captioner, args.captions_per_image, args.ss_prob)
+    if args.mode == "lrp_tune":
+        form = ImageLRPInference if args.lrp_form == "image" else LRPInference
+        return form(captioner, args.captions_per_image, args.lrp_lambda)
+    inference = LRPInference(captioner) if args.mode == "lrp_cider_tune" else None
+    references = [entry["captions"] for entry in dataset.entries]
+    return SCST(captioner, references, args.samples, args.scst_baseline, args.bleu_weight, inference)
+
+
 def load_datasets(args, folder, image_size):
-    """The train and val split: of cached features if there are some and the encoder is frozen, else of images."""
-    cached = features_path(folder, args.encoder).exists() and not args.finetune_encoder
+    """The train and val split: of cached features if there are some and no pixels are needed, else of images."""
+    needs_pixels = args.finetune_encoder or args.mode == "lrp_tune" and args.lrp_form == "image"
+    cached = features_path(folder, args.encoder).exists() and not needs_pixels
     if cached:
         return tuple(CaptionDataset(folder, split, features=args.encoder) for split in ("train", "val"))
     if image_size is None:
         raise UserError(f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER")
-    transforms = image_transform(image_size, args.augment), image_transform(image_size)
-    return tuple(CaptionDataset(folder, split, transform) for split, transform in zip(("train", "val"), transforms))
+    train_set = CaptionDataset(folder, "train", image_transform(image_size, args.augment))
+    train_set.augmentation_seed = args.seed
+    return train_set, CaptionDataset(folder, "val", image_transform(image_size))
 
 
 def check_cache(dataset, encoder):
@@ -166,49 +158,154 @@ def check_cache(dataset, encoder):
         raise UserError(f"the cached {encoder.name} features come from other weights; give the same --encoder_weights")
 
 
-def validate(captioner, dataset, args):
-    """Caption the validation images, with 3 beams as the paper does unless flags say otherwise -> BLEU-1..4 and CIDEr."""
+def validate(captioner, dataset, objective, args):
+    """Caption the validation images, with 3 beams as the paper does unless flags say otherwise -> BLEU-1..4 and CIDEr, for SCST
+    also CIDEr-D by the document frequencies of the reward."""
     predictions = decode_split(captioner, dataset, workers=args.workers, **decoding_options(args))
-    return caption_metrics(predictions, dataset.references())
+    metrics = caption_metrics(predictions, dataset.references())
+    if isinstance(objective, SCST):
+        metrics["CIDEr-D"] = objective.score_words(predictions, dataset.references())
+    return metrics
+
+
+class Progress:
+    """How far a training has come; with the states of model, optimizer, schedule and random numbers it is a checkpoint that a
+    killed training goes on from to the same end.
+
+    epoch: the one under way, from 1; step: its steps done; iterations: all steps done; sums: of the figures of this epoch's
+    steps; history: the rows of the epochs done.
+    """
+
+    def __init__(self):
+        self.epoch, self.step, self.iterations, self.best, self.sums, self.history = 1, 0, 0, -1.0, {}, []
+
+    def add(self, figures):
+        """Count a step with these figures."""
+        self.step, self.iterations = self.step + 1, self.iterations + 1
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in figures.items()}
+
+    def finish_epoch(self, metrics, seconds):
+        """The row of the epoch: means of its steps' figures, and the validation metrics."""
+        means = {name: value / self.step for name, value in self.sums.items()}
+        self.history.append({"epoch": self.epoch, "iterations": self.iterations, **means, **metrics, "seconds": seconds})
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        return self.history[-1]
 
 
 def fit(captioner, train_set, val_set, args):
-    """Train for args.epochs epochs, going on from args.resume if given; write checkpoints and figures as we go."""
-    loader = DataLoader(train_set, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=len(train_set) > args.batch_size)
-    optimizer, scheduler = build_optimizer(captioner, args, args.epochs * len(loader))
-    progress = {"epoch": 0, "best": -1.0}
-    if args.resume:
+    """Train to args.epochs or args.max_iterations, going on from args.resume if it is of this very training; write checkpoints
+    and figures as we go. UserError if the loss stops being finite."""
+    output, objective = Path(args.output), build_objective(captioner, train_set, args)
+    steps = max(1, len(train_set) // args.batch_size)
+    optimizer, scheduler = build_optimizer(captioner, args, args.epochs * steps)
+    progress = Progress()
+    if args.resume and is_of_this_training(args):
         progress = restore(read_checkpoint(args.resume), captioner, optimizer, scheduler)
-    output = Path(args.output)
-    for epoch in range(progress["epoch"] + 1, args.epochs + 1):
+    elif args.mode != "cross_entropy":
+        progress.history.append({"epoch": 0, "iterations": 0, **validate(captioner, val_set, objective, args)})
+        show(progress.history[-1])
+    for stale in output.parent.glob(f".{output.stem}.*"):
+        stale.unlink()  # of a training killed while it wrote
+
+    def save(path, **extra):
+        metrics = progress.history[-1] if progress.history else {}
+        about = {"dataset": val_set.info["name"], "val": metrics, "epoch": progress.epoch, "mode": args.mode, "provenance": provenance(args.seed)}
+        captioner.save(path, about=about, **extra)
+
+    def save_last():
+        save(output.with_suffix(".last.pt"), training=snapshot(progress, args.mode, optimizer, scheduler))
+
+    while progress.epoch <= args.epochs and progress.iterations < (args.max_iterations or float("inf")):
         started = time.perf_counter()
-        loss = train_epoch(captioner, loader, optimizer, scheduler, args, epoch)
-        metrics = validate(captioner, val_set, args)
+        train_epoch(captioner, train_set, objective, optimizer, scheduler, progress, args, save_last)
+        metrics = validate(captioner, val_set, objective, args)
         if args.schedule == "plateau":
             scheduler.step(metrics["CIDEr"])
-        row = {"epoch": epoch, "loss": loss, **metrics, "seconds": time.perf_counter() - started}
-        about = {"dataset": val_set.info["name"], "val": metrics, "epoch": epoch, "provenance": provenance(args.seed)}
-        if metrics["CIDEr"] > progress["best"]:
-            progress["best"] = metrics["CIDEr"]
-            captioner.save(output, about=about)
-        progress["epoch"] = epoch
-        captioner.save(output.with_suffix(".last.pt"), about=about, training=snapshot(progress, optimizer, scheduler))
-        with open(output.with_suffix(".jsonl"), "a" if epoch > 1 else "w") as log:
-            log.write(json.dumps(row) + "\n")
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    print(f"the best captioner (val CIDEr {progress['best']:.4f}) is {output}")
+        show(progress.finish_epoch(metrics, time.perf_counter() - started))
+        if metrics["CIDEr"] > progress.best or args.mode != "cross_entropy":
+            progress.best = metrics["CIDEr"]
+            save(output)
+        save_last()
+        write_history(output, progress.history)
+    print(f"the captioner (val CIDEr {progress.best:.4f}) is {output}")
 
 
-def snapshot(progress, optimizer, scheduler):
+def epoch_batches(images, batch_size, seed, epoch):
+    """The batches of an epoch: lists of indices in an order that depends on nothing but seed and epoch."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    batches = [order[first : first + batch_size] for first in range(0, images, batch_size)]
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
+
+
+def train_epoch(captioner, dataset, objective, optimizer, scheduler, progress, args, save_last):
+    """What is left of an epoch, counted in `progress`; `save_last()` every args.checkpoint_every steps."""
+    captioner.train()
+    captioner.encoder.train(args.finetune_encoder)
+    dataset.epoch = progress.epoch
+    batches = epoch_batches(len(dataset), args.batch_size, args.seed, progress.epoch)[progress.step :]
+    if args.max_iterations:
+        batches = batches[: args.max_iterations - progress.iterations]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator())  # the global one is the steps'
+    bar = tqdm(loader, desc=f"epoch {progress.epoch}", leave=False)
+    for inputs, captions, indices in bar:
+        inputs = inputs.to(captioner.device, non_blocking=True)
+        with torch.autocast(captioner.device.type, torch.bfloat16, enabled=args.bfloat16):
+            features = inputs if dataset.features else captioner.encoder(inputs)
+            loss, figures = objective(inputs, features, captions, indices)
+        value = loss.item()
+        if not math.isfinite(value):
+            where = f"epoch {progress.epoch}, step {progress.step} (images {indices.tolist()})"
+            raise UserError(f"the loss is {value} in {where}; the last checkpoint is whole; try a lower --decoder_lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_value_((p for group in optimizer.param_groups for p in group["params"]), args.grad_clip)
+        optimizer.step()
+        if args.schedule == "cosine":
+            scheduler.step()
+        progress.add({"loss": value, **figures})
+        bar.set_postfix(loss=f"{value:.3f}")
+        if progress.iterations % args.checkpoint_every == 0:
+            save_last()
+
+
+def show(row):
+    """Print the figures of an epoch."""
+    print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+
+def write_history(output, history):
+    """The figures of all epochs, as JSON lines and as curves."""
+    with write_atomically(output.with_suffix(".jsonl")) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    loss, metrics = figure.subplots(1, 2)
+    for axes, names in ((loss, ("loss", "reward", "baseline")), (metrics, ("CIDEr", "CIDEr-D", "BLEU-4"))):
+        for name in names:
+            points = [(row["iterations"], row[name]) for row in history if name in row]
+            if points:
+                axes.plot(*zip(*points), marker=".", label=name)
+        axes.set_xlabel("steps")
+        axes.legend()
+    with write_atomically(output.with_suffix(".training.png")) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def snapshot(progress, mode, optimizer, scheduler):
     """What --resume needs beside the weights."""
-    states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": torch.get_rng_state()}
-    return {**progress, **states}
+    random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    return {**vars(progress), "mode": mode, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random}
+
+
+def is_of_this_training(args):
+    """Whether --resume names an interrupted training of this mode, rather than a captioner to fine-tune."""
+    training = read_checkpoint(args.resume).get("training")
+    if args.mode == "cross_entropy" and training is None:
+        raise UserError("--resume wants the .last.pt file of an interrupted training; a finished captioner is fine-tuned with --cider_tune or --lrp_tune")
+    return training is not None and training["mode"] == args.mode
 
 
 def restore(checkpoint, captioner, optimizer, scheduler):
-    """Put a snapshot's state back; returns its progress. UserError if the checkpoint has none or is of another model."""
-    if "training" not in checkpoint:
-        raise UserError("--resume wants the .last.pt file of an interrupted training")
+    """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model."""
     training = checkpoint["training"]
     try:
         captioner.load_state_dict(checkpoint["state_dict"])
@@ -216,8 +313,13 @@ def restore(checkpoint, captioner, optimizer, scheduler):
         scheduler.load_state_dict(training["scheduler"])
     except (RuntimeError, ValueError, KeyError):
         raise UserError("--resume: the checkpoint is of another captioner; give the flags it was trained with") from None
-    torch.set_rng_state(training["random"].cpu())
-    return {"epoch": training["epoch"], "best": training["best"]}
+    cpu, *cuda = training["random"]
+    torch.set_rng_state(cpu.cpu())
+    for device, state in enumerate(cuda[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state.cpu(), device)
+    progress = Progress()
+    vars(progress).update({name: training[name] for name in vars(progress)})
+    return progress
 
 
 def build_parser(defaults):
@@ -238,7 +340,8 @@ def build_parser(defaults):
     flag("--captions_per_image", type=int, default=5, help="captions of each image a step, 1 to 5 (default: %(default)s)")
     flag("--decoder_lr", type=float, help="learning rate of all but the encoder (default: %(default)s)")
     flag("--encoder_lr", type=float, help="learning rate of the encoder if it is tuned (default: %(default)s)")
-    flag("--schedule", choices=("plateau", "cosine"), help="plateau: x0.8 after 2 epochs without a gain in CIDEr; cosine: one cycle (default: %(default)s)")
+    flag("--schedule", choices=("plateau", "cosine", "constant"), help="plateau: x0.8 after 2 epochs without a gain in CIDEr; cosine: one cycle (default: %(default)s)")
+    flag("--max_iterations", type=int, help="stop after so many steps (default: %(default)s)")
     flag("--grad_clip", type=float, default=0.1, help="clamp every gradient to +- this value (default: %(default)s)")
     flag("--ss_prob", type=float, default=0.0, help="scheduled sampling: probability of feeding back a predicted word (default: %(default)s)")
     flag("--finetune_encoder", action=argparse.BooleanOptionalAction, default=False, help="train the encoder too (default: %(default)s)")
@@ -246,8 +349,20 @@ def build_parser(defaults):
     flag("--augment", action=argparse.BooleanOptionalAction, help="jitter and mirror the training images (default: %(default)s)")
     flag("--bfloat16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it (default: %(default)s)")
     flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    flag("--output", help="where the best captioner goes (default: checkpoints/DATASET-MODEL_TYPE.pt)")
-    flag("--resume", help="the .last.pt file of a training to go on with")
+    flag("--output", help="where the captioner goes (default: checkpoints/DATASET-MODEL_TYPE[-MODE].pt)")
+    flag("--checkpoint_every", type=int, default=500, help="steps after which a training can be gone on with (default: %(default)s)")
+    flag("--resume", help="the .last.pt file of a training to go on with, or a captioner to fine-tune (default: checkpoints/DATASET-MODEL_TYPE.pt)")
+    tuning = parser.add_argument_group("fine-tuning of a trained captioner")
+    modes = tuning.add_mutually_exclusive_group()
+    modes.add_argument("--cider_tune", action="store_true", help="SCST: CIDEr-D of sampled captions as reward")
+    modes.add_argument("--lrp_tune", action="store_true", help="LRP-inference with cross-entropy")
+    modes.add_argument("--lrp_cider_tune", action="store_true", help="LRP-inference with SCST")
+    flag = tuning.add_argument
+    flag("--lrp_lambda", type=float, default=0.5, help="share of the plain cross-entropy, 0 to 1; 1 is the baseline without LRP (default: %(default)s)")
+    flag("--lrp_form", choices=("last_layer", "image"), default="last_layer", help="weights from the last layer's relevance, or from the image's heat map as in the paper's earlier version (default: %(default)s)")
+    flag("--samples", type=int, default=5, help="captions that SCST draws of an image (default: %(default)s)")
+    flag("--scst_baseline", choices=("greedy", "others"), default="greedy", help="reward to beat: of the greedy caption, or the mean of the other samples (default: %(default)s)")
+    flag("--bleu_weight", type=float, default=0.0, help="weight of BLEU-4 beside CIDEr-D in the reward (default: %(default)s)")
     add_decoding_flags(parser, max_length=20)
     add_common_flags(parser)
     parser.set_defaults(**defaults)
@@ -255,27 +370,44 @@ def build_parser(defaults):
 
 
 def parse_arguments(arguments=None):
-    """The flags, with the preset's defaults where nothing is given."""
+    """The flags, with the defaults of preset and mode where nothing is given."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--dataset", default="scenes")
     first.add_argument("--preset", choices=PRESETS)
     first.add_argument("--model_type", choices=MODELS, default="gridtd")
+    for mode in MODES:
+        first.add_argument(f"--{mode}", action="store_true")
     chosen, _ = first.parse_known_args(arguments)
-    preset = chosen.preset or ("scenes" if dataset_folder(chosen.dataset).name == "scenes" else "paper")
+    mode = next((mode for mode in MODES if getattr(chosen, mode)), "cross_entropy")
+    folder = dataset_folder(chosen.dataset)
+    preset = chosen.preset or ("scenes" if folder.name == "scenes" else "paper")
     defaults = PRESETS[preset] | (PAPER_MODELS[chosen.model_type] if preset == "paper" else {})
+    if mode != "cross_entropy":
+        defaults |= TUNING_COMMON | TUNING[mode]
+        if mode == "lrp_tune" and folder.name.startswith("flickr"):
+            defaults["max_iterations"] = FLICKR_ITERATIONS
     args = build_parser(defaults).parse_args(arguments)
-    args.output = args.output or f"checkpoints/{dataset_folder(args.dataset).name}-{args.model_type}.pt"
+    args.mode, trained = mode, f"checkpoints/{folder.name}-{args.model_type}"
+    args.output = args.output or (f"{trained}.pt" if mode == "cross_entropy" else f"{trained}-{mode}.pt")
+    args.resume = args.resume or (None if mode == "cross_entropy" else f"{trained}.pt")
+    check_arguments(args)
     return args
 
 
-def main():
-    """Read the data, build or pretrain the encoder, and train."""
-    args = parse_arguments()
-    decoding_options(args)  # a wrong one is told before the training, not after its first epoch
-    device = choose_device(args.device)
-    set_seed(args.seed)
-    folder = dataset_folder(args.dataset)
-    train_set, val_set = load_datasets(args, folder, ENCODERS[args.encoder].image_size)
+def check_arguments(args):
+    """UserError for values that make no sense, told before anything is read."""
+    decoding_options(args)
+    for name in ("epochs", "batch_size", "captions_per_image", "checkpoint_every", "samples"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if not 0 <= args.lrp_lambda <= 1:
+        raise UserError("--lrp_lambda must be between 0 and 1")
+    if args.scst_baseline == "others" and args.samples < 2:
+        raise UserError("--scst_baseline others needs at least 2 --samples")
+
+
+def new_captioner(args, folder, train_set, device):
+    """A captioner to train from the start; its encoder has learnt before, or does so now."""
     weights = args.encoder_weights
     if train_set.features and weights is None:
         weights = encoder_path(folder, args.encoder)
@@ -283,10 +415,28 @@ def main():
     check_cache(train_set, encoder)
     if args.pretrain_epochs and not args.resume and not train_set.features:
         pretrain_encoder(encoder.requires_grad_(True), train_set, args, device)
-    encoder.requires_grad_(args.finetune_encoder)
     names = CaptionerConfig.__dataclass_fields__.keys()
     config = CaptionerConfig(**{name: getattr(args, name) for name in names})
-    captioner = build_captioner(config, train_set.vocabulary, encoder).to(device)
+    return build_captioner(config, train_set.vocabulary, encoder).to(device)
+
+
+def main():
+    """Read the data, build or load the captioner, and train."""
+    args = parse_arguments()
+    device = choose_device(args.device)
+    set_seed(args.seed)
+    folder, trained = dataset_folder(args.dataset), None
+    if args.mode != "cross_entropy":
+        trained = load_captioner(args.resume, device)
+        args.encoder, args.model_type = trained.config.encoder, trained.config.model_type
+        trained.dropout.p = args.dropout
+    train_set, val_set = load_datasets(args, folder, ENCODERS[args.encoder].image_size)
+    if trained and trained.vocabulary.words != train_set.vocabulary.words:
+        raise UserError(f"{args.resume} was not trained on {folder}: its vocabulary is another")
+    if trained:
+        check_cache(train_set, trained.encoder)
+    captioner = trained or new_captioner(args, folder, train_set, device)
+    captioner.encoder.requires_grad_(args.finetune_encoder)
     fit(captioner, train_set, val_set, args)
 
 

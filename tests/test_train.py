@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import objectives
 import train
 from captiondata import CaptionDataset
 from captioner import load_captioner, read_checkpoint
@@ -46,7 +47,7 @@ def test_training_lowers_the_loss_and_writes_what_it_says(folder, tmp_path, monk
     assert {"BLEU-4", "CIDEr", "seconds"} <= rows[0].keys()
     captioner = load_captioner(output)
     assert captioner.caption(torch.zeros(1, 3, 128, 128))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.jsonl", "it.last.pt", "it.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.jsonl", "it.last.pt", "it.pt", "it.training.png"]
 
 
 def test_the_same_seed_gives_the_same_captioner(folder, tmp_path, monkeypatch):
@@ -64,7 +65,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(folder, tmp_path, mon
     interrupted = train.train_epoch
 
     def stop_in_the_last_epoch(*arguments):
-        if arguments[-1] == 3:
+        if arguments[5].epoch == 3:
             raise KeyboardInterrupt
         return interrupted(*arguments)
 
@@ -93,15 +94,15 @@ def test_the_loss_leaves_padding_out():
     targets[0, 0, 2:] = 0
     mask = targets != 0
     by_hand = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)[mask].mean()
-    torch.testing.assert_close(train.caption_loss(logits, targets, pad=0), by_hand)
+    torch.testing.assert_close(objectives.caption_loss(logits, targets, pad=0), by_hand)
 
 
 def test_a_training_batch_is_shifted_and_cut(folder):
     captions = torch.tensor([[[8, 1, 2, 9, 0, 0], [8, 3, 9, 0, 0, 0]]])
-    inputs, targets = train.training_batch(captions, 2, pad=0)
+    inputs, targets = objectives.training_batch(captions, 2, pad=0)
     assert inputs.tolist() == [[[8, 1, 2], [8, 3, 9]]]
     assert targets.tolist() == [[[1, 2, 9], [3, 9, 0]]]
-    picked, _ = train.training_batch(captions.expand(50, 2, 6), 1, pad=0)
+    picked, _ = objectives.training_batch(captions.expand(50, 2, 6), 1, pad=0)
     assert picked.shape[1] == 1 and len({tuple(row.tolist()) for row in picked[:, 0, :3]}) == 2
 
 
@@ -113,7 +114,7 @@ def test_object_targets_are_the_annotated_categories(folder):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "caption_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(objectives, "caption_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(UserError, match="the loss is nan in epoch 1, step 0"):
         run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt")
     assert not list(tmp_path.iterdir())

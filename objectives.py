@@ -1,0 +1,224 @@
+"""What a training step minimises: cross-entropy, LRP-inference with cross-entropy (both published forms), SCST, and SCST of
+LRP-inference. train.py is the loop around it.
+
+An objective is called with the encoder's inputs, the region features, the captions and the indices of a batch, and returns the
+loss and a dict of figures to log.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from pycocoevalcap.bleu.bleu import Bleu
+
+from captiondata import STOP_WORDS, tokenize
+from captioner import METHODS, PIXELS_PER_PASS, evaluating
+from decoding import greedy, multinomial
+from lrp_utils import inference_weights
+from pycocoevalcap.ciderd.ciderd import CiderD, padded
+
+
+def caption_loss(logits, targets, pad):
+    """Cross-entropy (nats), the mean over all words that are not padding: logits (..., V), targets (...)."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=pad)
+
+
+def precise(x):
+    """x in float32 if autocast made it coarser."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def training_batch(captions, captions_per_image, pad):
+    """Captions (B, 5, L) -> inputs and targets (B, N, T): N of the five, drawn anew, cut to the longest."""
+    if captions_per_image < captions.shape[1]:
+        order = torch.rand(captions.shape[:2]).argsort(dim=1)[:, :captions_per_image]
+        captions = captions.gather(1, order.unsqueeze(-1).expand(-1, -1, captions.shape[-1]))
+    longest = int((captions != pad).sum(-1).max())
+    return captions[..., : longest - 1], captions[..., 1:longest]
+
+
+class CrossEntropy:
+    """The cross-entropy of the five captions, with scheduled sampling if asked for."""
+
+    def __init__(self, captioner, captions_per_image=5, ss_prob=0.0):
+        self.captioner, self.captions_per_image, self.ss_prob = captioner, captions_per_image, ss_prob
+        self.pad = captioner.vocabulary.pad
+
+    def words(self, captions):
+        """Inputs and targets (B, N, T) on the captioner's device."""
+        return (part.to(self.captioner.device) for part in training_batch(captions, self.captions_per_image, self.pad))
+
+    def __call__(self, images, features, captions, indices):
+        inputs, targets = self.words(captions)
+        return caption_loss(precise(self.captioner(features, inputs, self.ss_prob)), targets, self.pad), {}
+
+
+def quiet_words(vocabulary):
+    """Which words are never re-weighted: bool (V,), the special tokens and NLTK's English stop words."""
+    specials = {vocabulary.pad, vocabulary.unk, vocabulary.start, vocabulary.end}
+    return torch.tensor([index in specials or word in STOP_WORDS for index, word in enumerate(vocabulary.words)])
+
+
+class LRPInference(CrossEntropy):
+    """LRP-inference fine-tuning (paper §4.4 and the final version): L = share * CE(p) + (1 - share) * CE(p_hat), where p_hat are
+    the logits after the relevance of the *predicted* word, unless that is a stop word, has re-weighted what speaks for it.
+
+    Here the final version's form: p_hat = fc(omega_c * c + omega_h * h), omega = 1 + R / max|R| of the word's relevance at the
+    last layer. No gradient goes through omega. One dropout mask serves both logits.
+    """
+
+    def __init__(self, captioner, captions_per_image=5, share=0.5):
+        super().__init__(captioner, captions_per_image)
+        self.share, self.quiet = share, quiet_words(captioner.vocabulary).to(captioner.device)
+
+    def weighted(self, context, hidden, logits):
+        """context and hidden (M, H), logits (M, V) of their sum -> what goes into the last layer for p_hat, (M, H)."""
+        with torch.no_grad():
+            scores, words = logits.max(dim=-1)
+            omegas = inference_weights(precise(context), precise(hidden), self.captioner.fc.weight[words], scores)
+            omegas = [torch.where(self.quiet[words].unsqueeze(-1), 1, omega) for omega in omegas]
+        return omegas[0] * context + omegas[1] * hidden
+
+    def last_layer(self, context, hidden):
+        """context and hidden (..., H) -> p_hat (..., V), for SCST; a captioner's `last_layer`."""
+        shape, (context, hidden) = context.shape[:-1], self._dropped(context, hidden)
+        return self.captioner.fc(self.weighted(context, hidden, self.captioner.fc(context + hidden))).unflatten(0, shape)
+
+    def _dropped(self, context, hidden):
+        """(..., H) -> (M, H) each, under one dropout mask."""
+        mask = self.captioner.dropout(torch.ones_like(context))
+        return (context * mask).flatten(0, -2), (hidden * mask).flatten(0, -2)
+
+    def _both_losses(self, context, hidden, targets):
+        """Cross-entropies (M,) of p and of p_hat, which is computed only where it is not p."""
+        context, hidden = self._dropped(context, hidden)
+        logits = precise(self.captioner.fc(context + hidden))
+        plain = F.cross_entropy(logits, targets, ignore_index=self.pad, reduction="none")
+        rows = (~self.quiet[logits.argmax(-1)] & (targets != self.pad)).nonzero().flatten()
+        inferred = self.captioner.fc(self.weighted(context[rows], hidden[rows], logits[rows]))
+        return plain, plain.index_copy(0, rows, F.cross_entropy(precise(inferred), targets[rows], reduction="none"))
+
+    def __call__(self, images, features, captions, indices):
+        inputs, targets = self.words(captions)
+        losses = self.captioner(features, inputs, last_layer=partial(self._both_losses, targets=targets.flatten()))
+        return self._combined(*losses, targets), {}
+
+    def _combined(self, plain, inferred, targets):
+        return (self.share * plain + (1 - self.share) * inferred).sum() / (targets != self.pad).sum()
+
+
+class ImageLRPInference(LRPInference):
+    """The earlier form of LRP-inference (paper_v3, eqs. 10-12): p_hat is p, but for the logit of the predicted word, which is
+    multiplied by m = 1 + mean(E), E its LRP heat map of the image divided by its largest size."""
+
+    def __call__(self, images, features, captions, indices):
+        inputs, targets = self.words(captions)
+        logits = precise(self.captioner(features, inputs))
+        scores, words = logits.max(dim=-1)
+        factors = self.image_weights(images.to(features.device), inputs, words, ~self.quiet[words] & (targets != self.pad))
+        inferred = logits.scatter(-1, words.unsqueeze(-1), (scores * factors).unsqueeze(-1))
+        losses = (
+            F.cross_entropy(part.flatten(0, -2), targets.flatten(), ignore_index=self.pad, reduction="none")
+            for part in (logits, inferred)
+        )
+        return self._combined(*losses, targets), {}
+
+    def image_weights(self, images, inputs, words, wanted):
+        """m (B, N, T) of the words predicted after inputs (B, N, T), 1 where it is not wanted (bool)."""
+        factors = torch.ones(words.shape, dtype=images.dtype, device=images.device)
+        encoder = self.captioner.encoder.folded()
+        with evaluating(self.captioner):
+            for caption in range(words.shape[1]):
+                most = max(1, int(wanted[:, caption].sum(-1).max()))
+                places = wanted[:, caption].int().argsort(dim=-1, descending=True, stable=True)[:, :most]  # (B, K), those wanted first
+                step = max(1, PIXELS_PER_PASS // (most * images[0, 0].numel()))
+                for first in range(0, len(images), step):
+                    part = slice(first, first + step)
+                    found, _ = self.captioner.propagate(images[part], inputs[part, caption], words[part, caption], places[part], METHODS["lrp"], encoder)
+                    maps = found.get("image_relevance", found["region_relevance"]).flatten(2)  # (B, K, pixels)
+                    mean = maps.mean(-1) / maps.abs().amax(-1).clamp(min=torch.finfo(maps.dtype).tiny)
+                    factors[part, caption] = factors[part, caption].scatter(1, places[part], 1 + mean)
+        return torch.where(wanted, factors, 1.0)
+
+
+class SCST:
+    """Self-critical sequence training (Rennie et al. 2017): raise the log-probability of sampled captions by how much more
+    reward they get than a baseline.
+
+    references: for each image its raw captions; samples: captions drawn for an image; baseline: "greedy", the greedy caption, or
+    "others", the mean of the other samples; the reward is CIDEr-D (document frequencies of all references) + bleu_weight *
+    BLEU-4, with `<end>` counted on both sides; inference: an LRPInference, whose p_hat is then sampled from and trained.
+
+    Captions are drawn in eval mode, step by step; their log-probabilities come from one teacher-forced pass.
+    """
+
+    def __init__(self, captioner, references, samples=5, baseline="greedy", bleu_weight=0.0, inference=None):
+        self.captioner, self.samples, self.baseline, self.bleu_weight = captioner, samples, baseline, bleu_weight
+        self.last_layer = inference.last_layer if inference else None
+        vocabulary = captioner.vocabulary
+        self.references = [[[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in image] for image in references]
+        self.scorer = CiderD(self.references, len(vocabulary), device=captioner.device)
+
+    def __call__(self, images, features, captions, indices):
+        sampled, rewards, baseline = self.draw(features.detach(), indices.tolist())
+        targets = padded([words for image in sampled for words in image]).unflatten(0, (-1, self.samples)).to(features.device)
+        inputs = F.pad(targets[..., :-1], (1, 0), value=self.captioner.vocabulary.start)
+        logits = precise(self.captioner(features, inputs, last_layer=self.last_layer)) + self.captioner.silence
+        log_probabilities = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        mask = targets != self.captioner.vocabulary.pad
+        log_probabilities = torch.where(mask, log_probabilities, 0)  # that of padding is -inf
+        loss = -(log_probabilities * (rewards - baseline).unsqueeze(-1)).sum() / mask.sum()
+        return loss, {"reward": rewards.mean().item(), "baseline": baseline.mean().item()}
+
+    @torch.no_grad()
+    def draw(self, features, indices):
+        """Sampled captions (word ids with `<end>`) of each image, their rewards (B, S) and the baseline (B, 1) or (B, S)."""
+        captioner, longest = self.captioner, self.captioner.config.max_length
+        speaker = captioner
+        if self.last_layer:
+            next_words = partial(captioner.next_words, last_layer=self.last_layer)
+            speaker = SimpleNamespace(vocabulary=captioner.vocabulary, look=captioner.look, start=captioner.start, next_words=next_words)
+        with evaluating(captioner):
+            sampled = self._ended(multinomial(speaker, features, longest, self.samples))
+            likeliest = self._ended(greedy(captioner, features, longest)) if self.baseline == "greedy" else None
+        rewards = self.rewards(sampled, indices).to(features.device)
+        if likeliest is not None:
+            return sampled, rewards, self.rewards(likeliest, indices).to(features.device)
+        return sampled, rewards, (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
+
+    def _ended(self, captions):
+        """Captions with the `<end>` that they said; one of the full length said none."""
+        longest, end = self.captioner.config.max_length, self.captioner.vocabulary.end
+        return [[words + [end] * (len(words) < longest) for words in image] for image in captions]
+
+    def rewards(self, captions, indices):
+        """Captions (word ids) of the images of these indices -> float (B, number of captions of an image)."""
+        references = [self.references[index] for index in indices]
+        rewards = self._score(captions, references).float()
+        return rewards + self.bleu_weight * self._bleu(captions, references).to(rewards) if self.bleu_weight else rewards
+
+    def _score(self, captions, references):
+        """CIDEr-D (B, S) of captions against the references of the same images, all word ids."""
+        number = torch.tensor(list(map(len, references)))
+        most = int(number.max())
+        rows = padded([words for image in references for words in image + [[]] * (most - len(image))]).unflatten(0, (-1, most))
+        hypotheses = padded([words for image in captions for words in image]).unflatten(0, (len(captions), -1))
+        return self.scorer.score(hypotheses, rows, number)
+
+    def score_words(self, predictions, references):
+        """Mean CIDEr-D of captions as the reward counts it: {key: words}, {key: raw sentences}."""
+        vocabulary = self.captioner.vocabulary
+        known = [[[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in references[key]] for key in predictions]
+        captions = self._ended([[vocabulary.encode(words)] for words in predictions.values()])
+        return self._score(captions, known).mean().item()
+
+    @staticmethod
+    def _bleu(captions, references):
+        """Sentence BLEU-4 (pycocoevalcap's) of each caption."""
+        text = [[" ".join(map(str, words)) for words in image] for image in captions]
+        known = [[" ".join(map(str, words)) for words in image] for image in references]
+        gts = {(row, column): known[row] for row, image in enumerate(text) for column in range(len(image))}
+        res = {(row, column): [sentence] for row, image in enumerate(text) for column, sentence in enumerate(image)}
+        _, each = Bleu(4).compute_score(gts, res, verbose=0)
+        return torch.tensor(each[3]).view(len(captions), -1)
