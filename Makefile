@@ -2,6 +2,7 @@
 #   make demo       explain the captions of two drawn scenes with the captioner that ships
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, into data/spice
+#   make tuning-experiment    fine-tune every captioner in every way, three seeds, and print the README's table (hours)
 #   make scenes     draw the embedded dataset and train its captioner again (checkpoints/scenes-gridtd.pt)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := .venv/bin/python
 CORENLP := edu.stanford.nlp:stanford-corenlp:3.6.0
 SPICE_JARS := $(CORENLP) $(CORENLP):jar:models org.mozilla:rhino:1.7.15 org.mozilla:rhino-engine:1.7.15
 
-.PHONY: demo test spice scenes clean
+.PHONY: demo test spice tuning-experiment scenes clean
 
 demo: .venv/installed
 	$(RUN) explain.py data/demo/*.jpg
@@ -22,6 +23,9 @@ spice: .venv/installed
 	if command -v mvn > /dev/null; \
 	then for jar in $(SPICE_JARS); do mvn -q dependency:copy -Dartifact=$$jar -DoutputDirectory=data/spice || exit 1; done; \
 	else $(RUN) -c "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"; fi
+
+tuning-experiment: .venv/installed
+	$(RUN) tuning_experiment.py
 
 scenes: .venv/installed
 	$(RUN) preparedataset.py

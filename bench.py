@@ -2,7 +2,7 @@
 
     python bench.py explain              # an explained caption against the passes through VGG16 that it cannot do without
     python bench.py methods              # every method and captioner against one plain forward and backward
-    python bench.py train                # a training step
+    python bench.py train                # training steps, what fine-tuning adds, and SCST's reward
     python bench.py decode               # captioning in batches against one image at a time
     python bench.py all --json bench.json
 
@@ -11,6 +11,7 @@ Each row: name, seconds (median), ratio, and what it is a ratio to.
 
 import argparse
 import functools
+import random
 import statistics
 import tempfile
 import time
@@ -19,11 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pycocoevalcap.cider.cider import Cider
 
 from captiondata import Vocabulary, image_transform, load_image
 from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import add_common_flags, choose_device, provenance, run, set_seed, write_json
 from encoder import build_encoder
+from objectives import CrossEntropy, ImageLRPInference, LRPInference
+from pycocoevalcap.ciderd.ciderd import CiderD, padded
 from scenes import write_scenes
 
 WORDS = 10  # words of the explained caption
@@ -121,10 +125,14 @@ def forward_and_backward(captioner, images, targets):
 
 
 def bench_train(device, repeats):
+    """Training steps: the multi-head captioner all words at once against word by word, and what fine-tuning adds."""
+    return bench_steps(device, repeats) + bench_inference(device, repeats) + bench_image_inference(device) + bench_reward(device, repeats)
+
+
+def bench_steps(device, repeats):
     """A teacher-forced step of the multi-head captioner, all words at once, against the same model word by word."""
     captioner, _ = random_captioner(device, encoder="vgg16", model_type="aoa")
-    features = torch.rand(32, 196, 512, device=device)
-    inputs = torch.randint(1, VOCABULARY - 3, (32, 1, 20), device=device)
+    features, inputs = training_data(device)
 
     def all_at_once():
         return captioner.zero_grad() or captioner(features, inputs).logsumexp(-1).mean().backward()
@@ -143,6 +151,86 @@ def bench_train(device, repeats):
         {"name": f"aoa, B=32, T=20: {against}", "seconds": times["original"], "ratio": None, "against": None},
         row("aoa: the same with the image projected once", times["steps"], times["original"], against),
         row(f"aoa: all words at once (logits differ by {difference:.0e})", times["once"], times["original"], against),
+    ]
+
+
+def training_data(device, batch=32):
+    """Features of VGG16's shape and captions of 20 words."""
+    return torch.rand(batch, 196, 512, device=device), torch.randint(1, VOCABULARY - 3, (batch, 1, 20), device=device)
+
+
+def training_step(captioner, objective, inputs, features, captions, images=None):
+    """A function that makes one step of an objective on these captions, without the optimizer."""
+    objective.words = lambda captions: (inputs, captions)
+
+    def step():
+        captioner.zero_grad()
+        objective(images, features, captions, None)[0].backward()
+
+    return step
+
+
+def bench_inference(device, repeats):
+    """A step of LRP-inference with cross-entropy against one of cross-entropy. Stop words cost nothing, and half of the words of
+    COCO's captions are such (or `<end>`), so every second word of the vocabulary stands for one; the dearest case has none."""
+    rows = []
+    for model_type in MODELS:
+        captioner, _ = random_captioner(device, encoder="vgg16", model_type=model_type)
+        features, inputs = training_data(device)
+        plain, half, none = CrossEntropy(captioner.train()), LRPInference(captioner), LRPInference(captioner)
+        half.quiet = torch.arange(VOCABULARY, device=device) % 2 == 0
+        objectives = {"plain": plain, "half": half, "none": none}
+        steps = {name: training_step(captioner, objective, inputs, features, inputs.roll(-1)) for name, objective in objectives.items()}
+        times = seconds(steps, device, repeats)
+        against = f"{model_type}: a step of cross-entropy, B=32, T=20, V=10,000"
+        rows.append({"name": against, "seconds": times["plain"], "ratio": None, "against": None})
+        rows.append(row(f"{model_type}: a step of LRP-inference", times["half"], times["plain"], against))
+        rows.append(row(f"{model_type}: the same if no predicted word were a stop word", times["none"], times["plain"], against))
+    return rows
+
+
+def bench_image_inference(device):
+    """A step of the earlier, image form of LRP-inference, for one image: every word goes back to the pixels."""
+    captioner, _ = random_captioner(device, encoder="vgg16")
+    images = torch.randn(1, 3, captioner.encoder.image_size, captioner.encoder.image_size, device=device)
+    _, inputs = training_data(device, batch=1)
+    features = captioner.encode(images)
+    data = inputs, features, inputs.roll(-1), images
+    captioner.train()
+    steps = {kind.__name__: training_step(captioner, kind(captioner), *data) for kind in (CrossEntropy, ImageLRPInference)}
+    times = seconds(steps, device, 1)
+    against = "gridtd: a step of cross-entropy, B=1, T=20, V=10,000, features given"
+    return [
+        {"name": against, "seconds": times["CrossEntropy"], "ratio": None, "against": None},
+        row("gridtd: a step of LRP-inference by image heat maps through VGG16", times["ImageLRPInference"], times["CrossEntropy"], against),
+    ]
+
+
+def bench_reward(device, repeats):
+    """CIDEr-D of 128 images x 6 captions of 12 words, 5 references each, against pycocoevalcap's scorer."""
+    chooser = random.Random(0)
+
+    def caption():
+        return [min(VOCABULARY - 4, 1 + int(chooser.expovariate(1 / 300))) for _ in range(12)]  # few words are frequent
+
+    references = [[caption() for _ in range(5)] for _ in range(128)]
+    # half of the words from a reference, or nothing would match
+    captions = [[[*chooser.choice(image)[:6], *caption()[:6]] for _ in range(6)] for image in references]
+    scorer = CiderD(references, VOCABULARY, device=device)
+    rows = padded([words for image in references for words in image]).unflatten(0, (128, 5))
+    hypotheses = padded([words for image in captions for words in image]).unflatten(0, (128, 6))
+
+    def text(words):
+        return " ".join(map(str, words))
+
+    gts = {(i, k): list(map(text, references[i])) for k in range(6) for i in range(128)}
+    res = {(i, k): [text(captions[i][k])] for k in range(6) for i in range(128)}
+    calls = {"ours": lambda: scorer.score(hypotheses, rows), "theirs": lambda: Cider().compute_score(gts, res)}
+    times = seconds(calls, device, repeats)
+    against = "pycocoevalcap's CIDEr of 128 images x 6 captions"
+    return [
+        {"name": against, "seconds": times["theirs"], "ratio": None, "against": None},
+        row("CIDEr-D of the same as tensors, corpus known", times["ours"], times["theirs"], against),
     ]
 
 

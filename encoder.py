@@ -8,6 +8,7 @@
 import copy
 import hashlib
 import itertools
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def build_encoder(name, weights=None):
     """The encoder called `name`, in eval mode and frozen.
 
     weights: None (torchvision's ImageNet weights, or random for an encoder that has none), "random", or the file of a
-    state dict, of torchvision's whole network or of an Encoder. Raises UserError for an unknown name, or weights that cannot be had.
+    state dict, of torchvision's whole network or of an Encoder, or of a captioner. Raises UserError for an unknown name, or weights that cannot be had.
     """
     if name not in ENCODERS:
         raise UserError(f"there is no encoder '{name}'; choose from {', '.join(ENCODERS)}")
@@ -171,14 +172,16 @@ def _read_state_dict(path):
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}; --encoder_weights takes a state dict saved by torch.save, or 'random'")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return loaded.get("state_dict", loaded)  # a captioner's checkpoint holds more
     except Exception:  # torch.load raises many kinds for a file that is not a state dict
         raise UserError(f"{path} is not a PyTorch state dict") from None
 
 
 def _load_weights(net, state_dict, source):
-    """Load a state dict of torchvision's whole network, or of an Encoder, into `net`; UserError if of another network."""
-    values = {key.removeprefix("features.").removeprefix("net."): value for key, value in state_dict.items()}
+    """Load a state dict of torchvision's whole network, an Encoder or a captioner into `net`; UserError if of another network."""
+    prefixes = re.compile(r"^(features\.|(encoder\.)?net\.)")
+    values = {prefixes.sub("", key): value for key, value in state_dict.items()}
     try:
         net.load_state_dict({key: values[key] for key in net.state_dict() if key in values or "num_batches" not in key}, strict=False)
     except (KeyError, RuntimeError):

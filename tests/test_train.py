@@ -1,17 +1,20 @@
 """Training: it learns, the same seed gives the same numbers, a resumed run ends where an uninterrupted one does."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 import objectives
 import train
-from captiondata import CaptionDataset
+from captiondata import CaptionDataset, image_transform
 from captioner import load_captioner, read_checkpoint
 from commandline import UserError
 from preparedataset import cache_features, prepare
@@ -167,3 +170,64 @@ def test_mistakes_are_one_line_and_exit_code_2(folder, arguments, message):
     done = subprocess.run([sys.executable, "train.py", *flags, "--pretrain_epochs", "0"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def training_process(folder, output, *flags):
+    arguments = ["--dataset", folder, *SMALL, "--epochs", 6, "--pretrain_epochs", 0, "--finetune_encoder", "--augment", "--ss_prob", 0.2,
+                 "--checkpoint_every", 2, "--output", output, *flags]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_a_training_killed_at_any_moment_goes_on_to_the_same_end(folder, tmp_path):
+    """SIGKILL five times, each a random moment after the process went to work, in a step, in validation or while writing."""
+    whole = training_process(folder, tmp_path / "whole.pt")
+    output, moments = tmp_path / "parts.pt", Random(0xDEAD)
+    last, killed = output.with_suffix(".last.pt"), 0
+    for _ in range(5):
+        seen = last.stat().st_mtime_ns if last.exists() else None
+        process = training_process(folder, output, *(["--resume", last] if last.exists() else []))
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == seen):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.15))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+        read_checkpoint(last)  # whole, whenever it was
+    assert killed >= 4
+    done = training_process(folder, output, "--resume", last)
+    assert done.communicate() and done.returncode == 0
+    assert whole.communicate() and whole.returncode == 0
+    one, other = (weights(tmp_path / f"{name}.last.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    rows = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert [row | {"seconds": 0} for row in rows[0]] == [row | {"seconds": 0} for row in rows[1]]
+    assert not list(tmp_path.glob(".*"))  # what was half-written is gone
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_only(folder):
+    dataset = CaptionDataset(folder, "train", image_transform(32, augment=True))
+    dataset.augmentation_seed, dataset.epoch = 3, 1
+    first = [dataset[index][0] for index in (0, 1, 2)]
+    state = torch.get_rng_state()
+    torch.rand(5)
+    again = [dataset[index][0] for index in (2, 1, 0)][::-1]
+    assert all(map(torch.equal, first, again))
+    dataset.epoch = 2
+    assert not all(torch.equal(one, dataset[index][0]) for index, one in enumerate(first))
+    torch.set_rng_state(state)
+    dataset[0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_batches_of_an_epoch_are_its_own():
+    batches = train.epoch_batches(10, 4, seed=1, epoch=1)
+    assert [len(batch) for batch in batches] == [4, 4] and len(set(sum(batches, []))) == 8
+    assert batches == train.epoch_batches(10, 4, 1, 1) != train.epoch_batches(10, 4, 1, 2)
+    assert [len(batch) for batch in train.epoch_batches(3, 4, 0, 1)] == [3]
+
+
+def test_a_finished_captioner_is_not_resumed_but_tuned(folder, tmp_path, monkeypatch):
+    run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt")
+    with pytest.raises(UserError, match="wants the .last.pt file"):
+        run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 2, "--resume", tmp_path / "it.pt", "--output", tmp_path / "more.pt")
