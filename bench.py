@@ -216,7 +216,7 @@ def bench_reward(device, repeats):
     references = [[caption() for _ in range(5)] for _ in range(128)]
     # half of the words from a reference, or nothing would match
     captions = [[[*chooser.choice(image)[:6], *caption()[:6]] for _ in range(6)] for image in references]
-    scorer = CiderD(references, VOCABULARY, device=device)
+    scorer = CiderD(references, device=device)
     rows = padded([words for image in references for words in image]).unflatten(0, (128, 5))
     hypotheses = padded([words for image in captions for words in image]).unflatten(0, (128, 6))
 

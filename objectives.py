@@ -158,7 +158,7 @@ class SCST:
         self.last_layer = inference.last_layer if inference else None
         vocabulary = captioner.vocabulary
         self.references = [[[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in image] for image in references]
-        self.scorer = CiderD(self.references, len(vocabulary), device=captioner.device)
+        self.scorer = CiderD(self.references, device=captioner.device)
 
     def __call__(self, images, features, captions, indices):
         sampled, rewards, baseline = self.draw(features.detach(), indices.tolist())

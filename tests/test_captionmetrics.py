@@ -143,7 +143,7 @@ def test_cider_d_equals_pycocoevalcap_where_the_corpus_is_the_references():
 def test_cider_d_scores_several_captions_of_an_image_at_once():
     """Batches of ids with padding, absent references and images of different numbers of them."""
     documents = [[[1, 2, 3], [1, 3, 3, 4]], [[5, 2], [5, 6, 7, 8, 2]], [[9, 1, 2]]]
-    scorer = CiderD(documents, words=10)
+    scorer = CiderD(documents)
     hypotheses = torch.tensor([[[1, 2, 3, 0, 0], [1, 3, 3, 4, 0]], [[5, 2, 0, 0, 0], [0, 0, 0, 0, 0]], [[9, 1, 2, 2, 10], [1, 1, 0, 0, 0]]])
     references = torch.tensor([[[1, 2, 3, 0, 0], [1, 3, 3, 4, 0]], [[5, 2, 0, 0, 0], [5, 6, 7, 8, 2]], [[9, 1, 2, 0, 0], [0, 0, 0, 0, 0]]])
     scores = scorer.score(hypotheses, references)
@@ -157,8 +157,15 @@ def test_cider_d_scores_several_captions_of_an_image_at_once():
         for sample in range(2):
             expected = slow_cider_d(sentence(hypotheses[image, sample].tolist()), kept, corpus)
             assert scores[image, sample].item() == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(ValueError):
-        CiderD(documents, words=60_000)
+
+
+def test_n_grams_are_told_apart():
+    """All 4-grams over 30 words, small and large ids alike."""
+    words = torch.cat([torch.arange(1, 16), torch.arange(60_000, 60_015)])
+    grams = torch.cartesian_prod(words, words, words, words)
+    assert len(CiderD.keys(grams, 4).unique()) == 30**4
+    assert len(CiderD.keys(torch.arange(1, 1_000_000).unsqueeze(1), 1).unique()) == 999_999
+    assert CiderD.keys(torch.tensor([[3, 4, 0]]), 2).tolist()[0][1] == 0 and CiderD.keys(torch.tensor([[3]]), 2).shape == (1, 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- CHAIR

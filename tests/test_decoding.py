@@ -3,6 +3,7 @@ and batches equal one image at a time."""
 
 import argparse
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from scipy.stats import chisquare
 
 import decoding
+from captiondata import image_transform, load_image
+from captioner import load_captioner
 from commandline import UserError
 from decoding import (
     DECODERS, add_decoding_flags, beam_search, decoding_options, diverse_beam_search, greedy, keep_nucleus, keep_top_k, reorder,
@@ -17,6 +20,7 @@ from decoding import (
 )  # fmt: skip
 from test_lrp_utils import random_captioner
 
+ROOT = Path(__file__).resolve().parent.parent
 DRAWS = 20_000
 
 
@@ -116,6 +120,16 @@ def test_one_group_is_a_beam_search_and_several_without_diversity_agree(captione
     beam = beam_search(captioner, features, 10, 3)
     assert diverse_beam_search(captioner, features, 10, 3, 1, 0.5) == beam
     assert diverse_beam_search(captioner, features, 10, 3, 2, 0.0) == [captions * 2 for captions in beam]
+
+
+def test_the_groups_of_a_trained_captioner_differ():
+    captioner = load_captioner(ROOT / "checkpoints/scenes-gridtd.pt")
+    images = torch.stack([image_transform(128)(load_image(path)) for path in sorted((ROOT / "data/demo").glob("*.jpg"))])
+    beam = captioner.caption(images)
+    for diversity, different in ((0.0, 1), (0.5, 3)):
+        found = captioner.caption(images, "diverse_beam", every=True, groups=3, diversity=diversity)
+        assert [len({tuple(words) for words in captions}) for captions in found] == [different] * len(images)
+        assert [captions[0] for captions in found] == beam  # the first group is a plain beam search, and the likeliest
 
 
 def test_the_silent_tokens_are_never_said_and_the_length_is_kept(captioner, features):

@@ -1,0 +1,46 @@
+"""The experiment's table, from results written by hand."""
+
+import json
+import sys
+
+import pytest
+
+import tuning_experiment
+from tuning_experiment import METRICS, RATES, spread, stem, table
+
+
+def write(folder, model, seed, setting, value, rate=None):
+    metrics = {part: dict.fromkeys(METRICS, value) for part in ("val", "habit", "chance")}
+    (folder / f"{stem(model, seed, setting, rate)}.json").write_text(json.dumps({"metrics": metrics}))
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning_experiment, "FOLDER", tmp_path)
+    for rate, value in zip(RATES, (0.1, 0.3, 0.2)):
+        write(tmp_path, "gridtd", 0, "LRP-inference", value, rate)
+    for seed, (plain, tuned) in enumerate(((0.5, 0.6), (0.3, 0.5))):
+        write(tmp_path, "gridtd", seed, "continued cross-entropy", plain, RATES[1])
+        write(tmp_path, "gridtd", seed, "SCST", tuned)
+    return tmp_path
+
+
+def test_the_rate_is_chosen_on_val(done):
+    assert tuning_experiment.chosen_rate() == RATES[1]
+
+
+def test_means_spreads_and_paired_differences(done):
+    rows = table(3).splitlines()
+    scst = rows.index(next(row for row in rows if "| SCST |" in row))
+    assert "| gridtd | SCST | 2 | 0.550 ± 0.071 |" in rows[scst]
+    assert "| *difference* | 2 | 0.150 ± 0.071 |" in rows[scst + 1]
+    assert any("| LRP-inference | 1 | 0.300 |" in row for row in rows) and not any("aoa" in row for row in rows)
+    assert spread([1.0]) == "1.000"
+
+
+def test_what_is_done_is_not_done_again(done, monkeypatch, capsys):
+    monkeypatch.setattr(tuning_experiment, "call", lambda *arguments, **options: pytest.fail(f"{arguments} was run"))
+    tuning_experiment.train_and_measure("gridtd", 0, "SCST", None)
+    monkeypatch.setattr(sys, "argv", ["tuning_experiment.py", "--table"])
+    tuning_experiment.main()
+    assert "chosen on val: 1e-5" in capsys.readouterr().out and (done / "table.md").exists()
