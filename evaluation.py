@@ -66,20 +66,25 @@ def caption_split(captioner, dataset, args):
         found.update(zip(indices, captions))
         if words:
             scores.update(zip(indices, word_scores(captioner, features, [first for first, *_ in captions], words)))
+    predictions = {index: " ".join(captions[0]) for index, captions in found.items()}
+    return captions_of(dataset, predictions, corpus, words, word_scores=scores if words else None, **tools(args)), found
+
+
+def captions_of(dataset, predictions, corpus, object_words, **rest):
+    """The Captions of a CaptionDataset: {index: predicted sentence}, {key: raw training captions}, frequent object words."""
     things = {index: entry["objects"] for index, entry in enumerate(dataset.entries)}
-    captions = Captions(
-        predictions={index: " ".join(captions[0]) for index, captions in found.items()},
+    categories = dataset.info["categories"]
+    return Captions(
+        predictions=predictions,
         references=dataset.references(),
-        annotated={index: {thing["category"] for thing in objects} for index, objects in things.items()} if dataset.info["categories"] else None,
-        categories=dataset.info["categories"],
+        annotated={index: {thing["category"] for thing in objects} for index, objects in things.items()} if categories else None,
+        categories=categories,
         corpus=corpus,
-        object_words=words,
-        word_scores=scores if words else None,
+        object_words=object_words,
         main_objects={index: thing["category"] for index, objects in things.items() for thing in objects if thing.get("main")},
         planted_pairs=dataset.info.get("planted_pairs", []),
-        **tools(args),
+        **rest,
     )
-    return captions, found
 
 
 def choose_object_words(choice, name, corpus, categories):

@@ -22,9 +22,9 @@ import torch
 
 from captiondata import CaptionDataset, features_path
 from captioner import load_captioner
-from captionmetrics import Captions, frequent_words, measure
+from captionmetrics import frequent_words, measure
 from commandline import UserError, provenance, read_json, run, write_json
-from evaluation import decode_split
+from evaluation import captions_of, decode_split
 
 ENCODER, SOURCE = "scenes_vgg", "checkpoints/scenes-gridtd.pt"
 FOLDER = Path("results/tuning")
@@ -96,16 +96,8 @@ def figures(checkpoint):
     splits |= {name: CaptionDataset(DATA.with_name(f"scenes-{name}"), "test", features=ENCODER) for name in TESTS}
     found = {}
     for name, dataset in splits.items():
-        things = {index: entry["objects"] for index, entry in enumerate(dataset.entries)}
-        captions = Captions(
-            predictions={index: " ".join(words) for index, words in decode_split(captioner, dataset, workers=0).items()},
-            references=dataset.references(),
-            annotated={index: {thing["category"] for thing in objects} for index, objects in things.items()},
-            categories=dataset.info["categories"],
-            object_words=frequent_words(corpus, dataset.info["categories"]),
-            main_objects={index: thing["category"] for index, objects in things.items() for thing in objects if thing.get("main")},
-            planted_pairs=dataset.info["planted_pairs"],
-        )
+        predictions = {index: " ".join(words) for index, words in decode_split(captioner, dataset, workers=0).items()}
+        captions = captions_of(dataset, predictions, corpus, frequent_words(corpus, dataset.info["categories"]))
         found[name], _, _ = measure(captions, ("cider", "object_words", "chair", "planted"))
     return found
 
