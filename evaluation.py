@@ -207,6 +207,9 @@ def main():
     args = build_parser().parse_args()
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be at least 1")
+    stray = [name for name in ("annotations", "instances", "train_annotations") if getattr(args, name) and not args.predictions]
+    if stray:
+        raise UserError(f"--{stray[0]} goes with --predictions, the captions to score")
     decoding_options(args)
     set_seed(args.seed)
     if args.predictions:

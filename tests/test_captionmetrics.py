@@ -457,6 +457,8 @@ def test_wrong_annotations_are_told_in_one_line(tmp_path, monkeypatch):
     write_coco(tmp_path)
     predictions = tmp_path / "results.json"
     predictions.write_text(json.dumps([{"image_id": 1, "caption": "x"}]))
+    with pytest.raises(UserError, match="--annotations goes with --predictions"):
+        command(monkeypatch, "--annotations", tmp_path / "captions_val2017.json")
     for annotations, told in ((None, "needs --annotations"), (predictions, "not a COCO captions file"), (tmp_path / "no.json", "there is no file")):
         with pytest.raises(UserError, match=told):
             command(monkeypatch, "--predictions", predictions, *(["--annotations", annotations] if annotations else []))
