@@ -93,6 +93,7 @@ def pretrain_encoder(encoder, dataset, args, device):
     optimizer = torch.optim.Adam(parameters, args.encoder_lr, ADAM_BETAS)
     scheduler = one_cycle(optimizer, args.pretrain_epochs * len(loader))
     for epoch in range(1, args.pretrain_epochs + 1):
+        dataset.epoch = -epoch  # augments otherwise than any epoch of captions
         bar = tqdm(loader, desc=f"objects, epoch {epoch}", leave=False)
         for images, _, indices in bar:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
