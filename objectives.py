@@ -72,10 +72,9 @@ class LRPInference(CrossEntropy):
         super().__init__(captioner, captions_per_image)
         self.share, self.quiet = share, quiet_words(captioner.vocabulary).to(captioner.device)
 
-    def weighted(self, context, hidden, logits):
-        """context and hidden (M, H), logits (M, V) of their sum -> what goes into the last layer for p_hat, (M, H)."""
+    def weighted(self, context, hidden, scores, words):
+        """context and hidden (M, H), predicted words and their logits (M,) -> what goes into the last layer for p_hat, (M, H)."""
         with torch.no_grad():
-            scores, words = logits.max(dim=-1)
             omegas = inference_weights(precise(context), precise(hidden), self.captioner.fc.weight[words], scores)
             omegas = [torch.where(self.quiet[words].unsqueeze(-1), 1, omega) for omega in omegas]
         return omegas[0] * context + omegas[1] * hidden
@@ -83,7 +82,9 @@ class LRPInference(CrossEntropy):
     def last_layer(self, context, hidden):
         """context and hidden (..., H) -> p_hat (..., V), for SCST; a captioner's `last_layer`."""
         shape, (context, hidden) = context.shape[:-1], self._dropped(context, hidden)
-        return self.captioner.fc(self.weighted(context, hidden, self.captioner.fc(context + hidden))).unflatten(0, shape)
+        with torch.no_grad():
+            predicted = self.captioner.fc(context + hidden).max(dim=-1)
+        return self.captioner.fc(self.weighted(context, hidden, *predicted)).unflatten(0, shape)
 
     def _dropped(self, context, hidden):
         """(..., H) -> (M, H) each, under one dropout mask."""
@@ -95,8 +96,9 @@ class LRPInference(CrossEntropy):
         context, hidden = self._dropped(context, hidden)
         logits = precise(self.captioner.fc(context + hidden))
         plain = F.cross_entropy(logits, targets, ignore_index=self.pad, reduction="none")
-        rows = (~self.quiet[logits.argmax(-1)] & (targets != self.pad)).nonzero().flatten()
-        inferred = self.captioner.fc(self.weighted(context[rows], hidden[rows], logits[rows]))
+        scores, words = logits.detach().max(dim=-1)
+        rows = (~self.quiet[words] & (targets != self.pad)).nonzero().flatten()
+        inferred = self.captioner.fc(self.weighted(context[rows], hidden[rows], scores[rows], words[rows]))
         return plain, plain.index_copy(0, rows, F.cross_entropy(precise(inferred), targets[rows], reduction="none"))
 
     def __call__(self, images, features, captions, indices):

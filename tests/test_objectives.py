@@ -334,3 +334,10 @@ def test_caption_loss_is_the_mean_over_words():
     logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, 2, 0], [3, 0, 0]])
     by_hand = F.cross_entropy(torch.stack([logits[0, 0], logits[0, 1], logits[1, 0]]), torch.tensor([1, 2, 3]))
     torch.testing.assert_close(caption_loss(logits, targets, 0), by_hand)
+
+
+@pytest.mark.parametrize("flags", [["--cider_tune"], ["--lrp_tune", "--decoder_lr", 1e-3], ["--lrp_cider_tune"]])
+def test_tuning_in_bfloat16(trained, tmp_path, monkeypatch, flags):
+    rows = tune(monkeypatch, trained, tmp_path / "it.pt", *flags, "--max_iterations", 2, "--bfloat16")
+    assert all(value.dtype == torch.float32 for key, value in read_checkpoint(tmp_path / "it.pt")["state_dict"].items() if "num_batches" not in key)
+    assert rows[-1]["loss"] == rows[-1]["loss"]
