@@ -9,6 +9,7 @@ see captioner.py.
 import inspect
 
 import torch
+import torch.nn.functional as F
 
 from commandline import UserError
 
@@ -38,17 +39,16 @@ def diverse_beam_search(
     """
     batch, device, end = len(features), features.device, captioner.vocabulary.end
     memory = captioner.look(features)
-    state = captioner.start(memory, groups * beam_size)
-    scores = torch.full((batch, groups, beam_size), -torch.inf, device=device)
-    scores[..., 0] = 0  # one empty hypothesis to begin with; its `beam_size` best successors become the beams
-    words = torch.full((batch, groups * beam_size), captioner.vocabulary.start, device=device)
+    state = captioner.start(memory, groups)
+    scores = torch.zeros(batch, groups, 1, device=device)  # one empty hypothesis; its `beam_size` best successors become the beams
+    words = torch.full((batch, groups), captioner.vocabulary.start, device=device)
     sequences = words.new_empty(*words.shape, 0)
     live = words.new_full((batch, groups, 1), beam_size)
     best, best_scores = words.new_full((batch, groups, max_length), end), scores.new_full((batch, groups), -torch.inf)
     images = torch.arange(batch, device=device)  # those in the batch still
     for length in range(1, max_length + 1):
         log_probabilities, state = captioner.next_words(words, state, memory)
-        scores, parents, words = _best_successors(scores, log_probabilities, live, diversity)
+        scores, parents, words = _best_successors(scores, log_probabilities, live, beam_size, diversity)
         state = of_rows(state, torch.arange(len(parents), device=device).unsqueeze(1), parents)
         sequences = torch.cat([reorder(sequences, parents), words.unsqueeze(-1)], dim=-1)
         ended = (words == end).view_as(scores) & scores.isfinite()
@@ -70,9 +70,9 @@ def diverse_beam_search(
     return [[_until(ids, end) for ids in captions] for captions in best.tolist()]
 
 
-def _best_successors(scores, log_probabilities, live, diversity):
-    """scores (B, G, K) of the hypotheses and log-probabilities (B, G*K, V) of their next words -> the best K of each group:
-    scores (B, G, K), -inf beyond its `live` (B, G, 1), and parents and words (B, G*K)."""
+def _best_successors(scores, log_probabilities, live, beam_size, diversity):
+    """scores (B, G, K) of the hypotheses and log-probabilities (B, G*K, V) of their next words -> the `beam_size` best of each
+    group: scores (B, G, beam_size), -inf beyond its `live` (B, G, 1), and parents and words (B, G*beam_size)."""
     batch, groups, beams = scores.shape
     vocabulary = log_probabilities.shape[-1]
     totals = (scores.to(log_probabilities).flatten(1).unsqueeze(-1) + log_probabilities).view(batch, groups, -1)
@@ -80,8 +80,10 @@ def _best_successors(scores, log_probabilities, live, diversity):
     chosen = []
     for group in range(groups):
         penalty = (diversity * taken).repeat(1, beams) if group else 0
-        values, index = (totals[:, group] - penalty).topk(beams)
-        values = values.masked_fill(torch.arange(beams, device=live.device) >= live[:, group], -torch.inf)
+        values, index = (totals[:, group] - penalty).topk(min(beam_size, totals.shape[-1]))
+        missing = 0, beam_size - values.shape[-1]  # a small vocabulary has not that many words to begin with
+        values, index = F.pad(values, missing, value=-torch.inf), F.pad(index, missing)
+        values = values.masked_fill(torch.arange(beam_size, device=live.device) >= live[:, group], -torch.inf)
         words = index % vocabulary
         if group < groups - 1:
             taken.scatter_add_(1, words, values.isfinite().to(taken))
@@ -175,7 +177,7 @@ def keep_nucleus(logits, p):
 
 def reorder(sequences, index):
     """sequences (..., K, T) with the second last dimension picked by index (..., K)."""
-    return sequences.gather(-2, index.unsqueeze(-1).expand_as(sequences))
+    return sequences.gather(-2, index.unsqueeze(-1).expand(*index.shape, sequences.shape[-1]))
 
 
 def of_rows(part, *index):
