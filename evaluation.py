@@ -1,28 +1,36 @@
-"""Measure a captioner on a split of a prepared dataset, or anybody's captions in COCO's results format.
+"""Measure a captioner on a split of a prepared dataset, or anybody's captions in COCO's results format; run the paper's
+experiments on it.
 
     python evaluation.py                                    # the shipped captioner on the test split of the scenes
+    python evaluation.py --experiment all                   # also the ablations, correctness and hallucination (experiments.py)
     python evaluation.py --checkpoint checkpoints/flickr8k-gridtd.pt --dataset flickr8k --split val
     python evaluation.py --predictions results.json --annotations annotations/captions_val2017.json
 
 Prints a table and writes it, with the captions, as JSON. A metric that lacks a tool (Java, SPICE's jars, a BERT) is shown with the
-reason and the command that mends it.
+reason and the command that mends it. What the experiments find is kept image by image, so that an interrupted run goes on.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captiondata import CaptionDataset, image_transform
-from captioner import evaluating, load_captioner
+from captiondata import CaptionDataset, files_hash, image_transform
+from captioner import METHODS, evaluating, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
-from commandline import UserError, add_common_flags, choose_device, provenance, read_json, run, set_seed, write_json
+from commandline import (
+    UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
+)  # fmt: skip
 from decoding import add_decoding_flags, decoding_options
+from experiments import SUMMARIES, THRESHOLDS, Examiner
 from preparedataset import coco_categories, read_coco_json
+from pycocoevalcap.chair.chair import object_phrases
 
-EXPERIMENTS = ("captions",)
+EXAMINED_AT_ONCE = 16  # images
 
 
 def captioned(captioner, dataset, batch_size=64, workers=2, **decoding):
@@ -152,6 +160,81 @@ def read_instances(args, keys):
     return annotated, coco_categories(data)
 
 
+def examine_split(captioner, dataset, names, args, stem):
+    """Run the named experiments on a split; returns the records of all images, which are kept in STEM.jsonl as they come."""
+    if captioner.encoder.given:
+        raise UserError("the experiments need the images' pixels, and bottom-up features come without them")
+    path, decoding = stem.with_suffix(".jsonl"), decoding_options(args)
+    train = {index: entry["captions"] for index, entry in enumerate(read_json(dataset.folder / "train.json"))}
+    categories = dataset.info["categories"]
+    words = choose_object_words(args.object_words, dataset.info["name"], train, categories)
+    files = files_hash(dataset.entries)
+    header = {"checkpoint": file_hash(args.checkpoint), "methods": args.methods, "experiments": names, "decoding": decoding, "seed": args.seed, "images": files}
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines or json.loads(lines[0]) != header:
+        write_lines(path, [json.dumps(header)])
+        lines = []
+    records = {record["index"]: record for record in map(json.loads, lines[1:])}
+    examiner = Examiner(captioner, args.methods, object_phrases(categories), words, names, decoding, args.seed)
+    loader = DataLoader(Subset(dataset, [index for index in range(len(dataset)) if index not in records]), EXAMINED_AT_ONCE, num_workers=args.workers)
+    with tqdm(total=len(dataset), initial=len(records), desc="explaining", unit="image", leave=False) as bar:
+        for images, _, indices in loader:
+            found = examiner(images, indices.tolist(), [dataset.entries[index] for index in indices])
+            records |= {record["index"]: record for record in found}
+            write_lines(path, [json.dumps(record) for record in found], "a")
+            bar.update(len(found))
+    return [records[index] for index in sorted(records)]
+
+
+def write_lines(path, lines, mode="w"):
+    """Write or append lines; a line that was cut by a kill is not there on the next reading, for it is written at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode) as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+def report(records, names, captioner, args, stem):
+    """The tables of the experiments as JSON and Markdown, printed too, and the curves of correctness as PNG."""
+    tables = {name: SUMMARIES[name](records, captioner.config.model_type) for name in names}
+    text = "\n\n".join(f"**{name.replace('_', ' ')}**\n\n{markdown(rows)}" for name, rows in tables.items())
+    print(text)
+    write_json(stem.with_suffix(".json"), {**provenance(args.seed, args.checkpoint), "tables": tables})
+    with write_atomically(stem.with_suffix(".md")) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    curves = [row for row in tables.get("correctness", []) if "curves" in row]
+    if curves:
+        with write_atomically(stem.with_suffix(".png")) as temporary:
+            correctness_figure(curves).savefig(temporary, dpi=120)
+    print(f"\n{len(records)} images; these tables are in {stem}.json and .md{f', the curves in {stem}.png' if curves else ''}")
+
+
+def markdown(rows):
+    """Rows, dicts of the same keys, as a Markdown table; what is not a number or a text is left out."""
+    if not rows:
+        return "nothing to measure"
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if not any(isinstance(row.get(name), dict) for row in rows)]
+
+    def cell(value):
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [" | ".join(names), "|".join(["---"] * len(names)), *(" | ".join(cell(row.get(name)) for name in names) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def correctness_figure(rows):
+    """Figure 3 of the paper: correctness over the threshold, for each method; of the negative relevance dashed."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    kinds = [kind for kind in ("union", "best box", "segmentation") if all(kind in row["curves"] for row in rows)]
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
+        for row in rows:
+            negative = row["method"].startswith("negative ")
+            colour = f"C{[one['method'] for one in rows].index(row['method'].removeprefix('negative '))}"
+            axes.plot(THRESHOLDS, row["curves"][kind], "--" if negative else "-", color=colour, label=row["method"])
+        axes.set(xlabel="threshold", ylabel="correctness", title=kind, ylim=(0, 1))
+    axes.legend(fontsize=8)
+    return figure
+
+
 def build_parser():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,7 +242,8 @@ def build_parser():
     flag("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
     flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
     flag("--split", default="test", help="train, val or test (default: %(default)s)")
-    flag("--experiment", choices=(*EXPERIMENTS, "all"), default="captions", help="what to measure (default: %(default)s)")
+    flag("--experiment", choices=("captions", *SUMMARIES, "all"), default="captions", help="what to measure (default: %(default)s)")
+    flag("--methods", nargs="+", choices=METHODS, default=["lrp", "gradcam", "guided_gradcam", "attention"], help="explanations for the experiments (default: %(default)s)")
     flag("--limit", type=int, help="only the first so many images (default: all)")
     flag("--batch_size", type=int, default=64, help="images captioned at once (default: %(default)s)")
     flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
@@ -203,34 +287,51 @@ def show(values, unavailable, tokens):
 
 
 def main():
-    """Caption a split or read captions, measure, print and write."""
+    """Caption a split or read captions, measure, print and write; run the experiments that were asked for."""
     args = build_parser().parse_args()
+    check_arguments(args)
+    set_seed(args.seed)
+    if args.predictions:
+        captions = read_captions(args)
+        rows = [{"image_id": key, "caption": sentence} for key, sentence in captions.predictions.items()]
+        score(captions, rows, args, Path(args.output or Path("results") / Path(args.predictions).stem))
+        return
+    folder = dataset_folder(args.dataset)
+    captioner = load_captioner(args.checkpoint, choose_device(args.device))
+    dataset = open_split(folder, args.split, captioner.encoder)
+    dataset.entries = dataset.entries[: args.limit]
+    stem = Path(args.output or Path("results") / f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
+    if args.experiment in ("captions", "all"):
+        captions, found = caption_split(captioner, dataset, args)
+        rows = [{"image_id": entry["image_id"], "caption": captions.predictions[index]} for index, entry in enumerate(dataset.entries)]
+        for index, row in enumerate(rows):
+            row |= {"others": [" ".join(words) for words in found[index][1:]]} if len(found[index]) > 1 else {}
+        score(captions, rows, args, stem)
+    names = list(SUMMARIES) if args.experiment == "all" else [name for name in SUMMARIES if name == args.experiment]
+    if names:
+        stem = stem.with_name(f"{stem.stem}-{args.experiment}")
+        report(examine_split(captioner, dataset, names, args, stem), names, captioner, args, stem)
+
+
+def check_arguments(args):
+    """UserError for flags that make no sense, or not together."""
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be at least 1")
     stray = [name for name in ("annotations", "instances", "train_annotations") if getattr(args, name) and not args.predictions]
     if stray:
         raise UserError(f"--{stray[0]} goes with --predictions, the captions to score")
+    if args.predictions and args.experiment != "captions":
+        raise UserError(f"--experiment {args.experiment} needs a captioner; --predictions are captions only")
     decoding_options(args)
-    set_seed(args.seed)
-    if args.predictions:
-        captions, checkpoint, stem = read_captions(args), None, Path(args.predictions).stem
-        rows = [{"image_id": key, "caption": sentence} for key, sentence in captions.predictions.items()]
-    else:
-        checkpoint, folder = args.checkpoint, dataset_folder(args.dataset)
-        captioner = load_captioner(checkpoint, choose_device(args.device))
-        dataset = open_split(folder, args.split, captioner.encoder)
-        dataset.entries = dataset.entries[: args.limit]
-        captions, found = caption_split(captioner, dataset, args)
-        stem = f"{Path(checkpoint).stem}-{folder.name}-{args.split}"
-        rows = [{"image_id": entry["image_id"], "caption": captions.predictions[index]} for index, entry in enumerate(dataset.entries)]
-        for index, row in enumerate(rows):
-            row |= {"others": [" ".join(words) for words in found[index][1:]]} if len(found[index]) > 1 else {}
+
+
+def score(captions, rows, args, stem):
+    """Measure captions, print the table, and write it with their rows."""
     values, unavailable, tokens = measure(captions, args.metrics)
     show(values, unavailable, tokens)
-    output = args.output or Path("results") / f"{stem}.json"
     result = {"metrics": values, "unavailable": unavailable, "tokens": tokens, "object_words": captions.object_words, "captions": rows}
-    write_json(output, {**provenance(args.seed, checkpoint), **result})
-    print(f"{len(rows)} captions and these figures are in {output}")
+    write_json(stem.with_suffix(".json"), {**provenance(args.seed, None if args.predictions else args.checkpoint), **result})
+    print(f"{len(rows)} captions and these figures are in {stem.with_suffix('.json')}")
 
 
 if __name__ == "__main__":
