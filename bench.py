@@ -4,6 +4,7 @@
     python bench.py methods              # every method and captioner against one plain forward and backward
     python bench.py train                # training steps, what fine-tuning adds, and SCST's reward
     python bench.py decode               # captioning in batches against one image at a time
+    python bench.py evaluate             # the paper's experiments, an image
     python bench.py all --json bench.json
 
 Each row: name, seconds (median), ratio, and what it is a ratio to.
@@ -21,12 +22,17 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocoevalcap.cider.cider import Cider
+from torch.utils.data import DataLoader
 
-from captiondata import Vocabulary, image_transform, load_image
+from captiondata import CaptionDataset, Vocabulary, image_transform, load_image
 from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import add_common_flags, choose_device, provenance, run, set_seed, write_json
 from encoder import build_encoder
+from evaluation import EXAMINED_AT_ONCE
+from experiments import SUMMARIES, Examiner
 from objectives import CrossEntropy, ImageLRPInference, LRPInference
+from preparedataset import prepare
+from pycocoevalcap.chair.chair import object_phrases
 from pycocoevalcap.ciderd.ciderd import CiderD, padded
 from scenes import write_scenes
 
@@ -270,12 +276,34 @@ def bench_decode(device, repeats):
     return rows
 
 
+def bench_evaluate(device, repeats):
+    """All four experiments with four methods on scenes, batch after batch: what an image costs, and whether the last costs more than
+    the first. (Nothing is repeated: the batches are the repetitions.)"""
+    captioner = load_captioner(Path(__file__).parent / "checkpoints/scenes-gridtd.pt", device)
+    methods = ("lrp", "gradcam", "guided_gradcam", "attention")
+    with tempfile.TemporaryDirectory() as folder:
+        write_scenes(folder, 40, 4, 7 * EXAMINED_AT_ONCE)
+        prepare("scenes", folder, folder)
+        dataset = CaptionDataset(folder, "test", image_transform(captioner.encoder.image_size))
+        phrases = object_phrases(dataset.info["categories"])
+        words = [word for (word, *more), category in phrases.items() if category and not more]
+        examiner = Examiner(captioner, methods, phrases, words, list(SUMMARIES), {"method": "beam"})
+        times = []
+        for images, _, indices in DataLoader(dataset, EXAMINED_AT_ONCE):
+            started = time.perf_counter()
+            examiner(images, indices.tolist(), [dataset.entries[index] for index in indices])
+            times.append((time.perf_counter() - started) / len(indices))
+    first, last = (statistics.mean(part) for part in (times[1:4], times[4:]))  # the first batch warms up
+    against = "four experiments, four methods: one scene, in batches 2 to 4"
+    return [{"name": against, "seconds": first, "ratio": None, "against": None}, row("one scene, in batches 5 to 7", last, first, against)]
+
+
 def row(name, time_taken, reference, against):
     """A result with its ratio."""
     return {"name": name, "seconds": time_taken, "ratio": time_taken / reference, "against": against}
 
 
-BENCHMARKS = {"explain": bench_explain, "methods": bench_methods, "train": bench_train, "decode": bench_decode}
+BENCHMARKS = {"explain": bench_explain, "methods": bench_methods, "train": bench_train, "decode": bench_decode, "evaluate": bench_evaluate}
 
 
 def main():

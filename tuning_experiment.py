@@ -111,13 +111,13 @@ def chosen_rate():
 
 
 def jobs(args):
-    """Run what is missing, two trainings at a time: cross-entropy first, then the pilot, then the rest."""
+    """Run what is missing: cross-entropy first, then the pilot, then the rest."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     prepare()
     models = [model for model in MODELS if model in args.models]
 
     def all_of(tasks):
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(args.jobs) as pool:
             for future in [pool.submit(train_and_measure, *task) for task in tasks]:
                 future.result()
 
@@ -170,6 +170,7 @@ def main():
     parser.add_argument("--without", nargs="+", choices=SETTINGS, default=[], help="settings to leave out")
     parser.add_argument("--epochs", type=int, default=4, help="of cross-entropy (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=150, help="steps of every fine-tuning (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, each on one core (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,16 +2,20 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import evaluation
 from captiondata import CaptionDataset
+from commandline import UserError
 from evaluation import word_scores
 from preparedataset import prepare
 from scenes import write_scenes
 from test_lrp_utils import random_captioner
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_word_scores_are_the_largest_probabilities_on_the_way():
@@ -63,3 +67,58 @@ def test_all_captions_that_a_decoder_finds_are_written(tmp_path, monkeypatch):
         evaluation.main()
         rows = json.loads((tmp_path / "out.json").read_text())["captions"]
         assert all(len(row["others"]) == others and len(row["caption"].split()) <= 6 for row in rows)
+
+
+def experiment(monkeypatch, tmp_path, folder, *flags):
+    arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "out", "--workers", 0, "--max_length", 8, *flags]
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
+    evaluation.main()
+
+
+def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
+    """An interrupted run goes on with the images that are missing, to the same tables; other settings begin anew."""
+    folder = tmp_path / "scenes"
+    write_scenes(folder, 8, 4, 5, workers=1)
+    prepare("scenes", folder, folder)
+    captioner = random_captioner().float()
+    captioner.vocabulary.words[1:30:2] = [f"{word}" for word in "a the of on in dog bench man with and is it at to by".split()]
+    captioner.save(tmp_path / "it.pt")
+    monkeypatch.setattr(evaluation, "EXAMINED_AT_ONCE", 2)
+    flags = ["--experiment", "word_ablation", "--methods", "lrp", "gradcam"]
+    experiment(monkeypatch, tmp_path, folder, *flags)
+    path = tmp_path / "out-word_ablation.jsonl"
+    whole = path.read_text()
+    tables = json.loads(path.with_suffix(".json").read_text())["tables"]
+    assert "**word ablation**" in path.with_suffix(".md").read_text() and "word ablation" in capsys.readouterr().out
+    path.write_text("\n".join(whole.splitlines()[:3]) + "\n")  # the first batch is there
+    calls = []
+    original = evaluation.Examiner.__call__
+    monkeypatch.setattr(evaluation.Examiner, "__call__", lambda self, images, indices, entries: calls.append(indices) or original(self, images, indices, entries))
+    experiment(monkeypatch, tmp_path, folder, *flags)
+    assert calls == [[2, 3], [4]] and path.read_text() == whole
+    assert json.loads(path.with_suffix(".json").read_text())["tables"] == tables
+    experiment(monkeypatch, tmp_path, folder, *flags, "--seed", 1)
+    assert calls[2:] == [[0, 1], [2, 3], [4]]
+
+
+def test_predictions_cannot_be_explained(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="needs a captioner"):
+        experiment(monkeypatch, tmp_path, tmp_path, "--predictions", "x.json", "--experiment", "correctness")
+
+
+@pytest.mark.parametrize("name, root, split", [("coco2017", "coco2017", "test"), ("flickr8k", "flickr8k", "val")])
+def test_experiments_run_on_real_photographs(tmp_path, monkeypatch, name, root, split):
+    """A captioner that knows drawings only, on COCO's boxes and outlines and on Flickr30k Entities' boxes."""
+    source = ROOT.parent / "shared/data" / root
+    if not source.exists():
+        pytest.skip(f"wants ../shared/data/{root}")
+    prepare(name, source, tmp_path / name)
+    arguments = ["--dataset", tmp_path / name, "--split", split, "--limit", 6, "--experiment", "all", "--methods", "lrp", "attention",
+                 "--metrics", "cider", "chair", "--workers", 0, "--output", tmp_path / "out"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
+    monkeypatch.chdir(ROOT)
+    evaluation.main()
+    tables = json.loads((tmp_path / "out-all.json").read_text())["tables"]
+    assert tables["word_ablation"] and tables["image_ablation"] and set(tables) == {"word_ablation", "image_ablation", "correctness", "hallucination"}
+    if name == "flickr8k":
+        assert any(entry["objects"] for entry in CaptionDataset(tmp_path / name, split).entries)
