@@ -223,7 +223,7 @@ def markdown(rows):
 
 def correctness_figure(rows):
     """Figure 3 of the paper: correctness over the threshold, for each method; of the negative relevance dashed."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
     kinds = [kind for kind in ("union", "best box", "segmentation") if all(kind in row["curves"] for row in rows)]
     for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
         for row in rows:
@@ -231,7 +231,7 @@ def correctness_figure(rows):
             colour = f"C{[one['method'] for one in rows].index(row['method'].removeprefix('negative '))}"
             axes.plot(THRESHOLDS, row["curves"][kind], "--" if negative else "-", color=colour, label=row["method"])
         axes.set(xlabel="threshold", ylabel="correctness", title=kind, ylim=(0, 1))
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 

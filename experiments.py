@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from captiondata import STOP_WORDS, tokenize
 from captioner import evaluating
+from gradient_utils import enlarge
 from pycocoevalcap.chair.chair import find_objects
 
 FIRST_TARGET = 5  # the first five words of a caption are left out (§4.1)
@@ -21,6 +22,7 @@ DELETED_WORDS = 3
 PATCH, PATCHES, PATCH_IMAGE = 8, 20, 224  # the 20 best patches of 8x8 pixels of a 224x224 image
 SHARES = tuple(step / 10 for step in range(11))  # of the patches deleted or inserted
 THRESHOLDS = tuple(step / 10 for step in range(10))  # Figure 3
+NEVER_NEGATIVE = ("attention", "gradcam")  # maps
 SIGNED_WORDS = ("lrp",)  # whose largest word relevance counts, not its largest size
 
 
@@ -156,6 +158,15 @@ def rank_accuracy(relevance, mask):
     return mask.flatten()[relevance.flatten().argsort(descending=True, stable=True)[:count]].float().mean().item() if count else 0.0
 
 
+def localisation(relevance, boxes, outline):
+    """All of these for a map (H, W), masks of boxes (N, H, W), and the objects' outline (H, W) or None."""
+    union = boxes.any(0)
+    found = {"union": correctness(relevance, union.unsqueeze(0))[0].tolist(), "best box": correctness(relevance, boxes).amax(0).tolist()}
+    if outline is not None:
+        found["segmentation"] = correctness(relevance, outline.unsqueeze(0))[0].tolist()
+    return {**found, "pointing game": hits(relevance, union), "rank accuracy": rank_accuracy(relevance, union)}
+
+
 # --------------------------------------------------------------------------------------------------------- hallucination
 
 
@@ -287,8 +298,7 @@ class Examiner:
         """For each word that names an annotated object: where the positive and the negative relevance lies."""
         return [[self._localised(case, position, category) for position, category in case.true_positions().items()] for case in cases]
 
-    @staticmethod
-    def _localised(case, position, category):
+    def _localised(self, case, position, category):
         things = [thing for thing in case.entry["objects"] if thing["category"] == category]
         size, shape = (case.entry["width"], case.entry["height"]), case.pixels.shape[1:]
         boxes = box_masks([thing["bbox"] for thing in things], size, shape)
@@ -296,12 +306,14 @@ class Examiner:
         outlines = [segmentation_mask(thing["segmentation"], size, shape) for thing in things if thing.get("segmentation")]
         row = {"word": case.words[position], "area": union.float().mean().item(), "methods": {}}
         maps = {method: explanation.image_relevance[position] for method, explanation in case.explained.items()}
-        maps |= {f"negative {method}": -relevance for method, relevance in maps.items() if method != "attention"}
-        for name, relevance in maps.items():
-            found = {"union": correctness(relevance, union.unsqueeze(0))[0].tolist(), "best box": correctness(relevance, boxes).amax(0).tolist()}
-            if len(outlines) == len(things):
-                found["segmentation"] = correctness(relevance, torch.stack(outlines).any(0, keepdim=True))[0].tolist()
-            row["methods"][name] = {**found, "pointing game": hits(relevance, union), "rank accuracy": rank_accuracy(relevance, union)}
+        maps |= {f"negative {method}": -relevance for method, relevance in maps.items() if method not in NEVER_NEGATIVE}
+        outline = torch.stack(outlines).any(0) if len(outlines) == len(things) else None
+        row["methods"] = {method: localisation(relevance, boxes, outline) for method, relevance in maps.items()}
+        if "attention" in maps:
+            heads = case.explained["attention"].attention[position]  # (heads, L)
+            if len(heads) > 1:
+                found = [localisation(relevance[0], boxes, outline) for relevance in enlarge(heads.unsqueeze(1), self.captioner.encoder.grid, case.pixels)]
+                row["methods"]["attention, best head"] = {name: np.max([one[name] for one in found], axis=0).tolist() for name in found[0]}
         return row
 
     def hallucination(self, cases):

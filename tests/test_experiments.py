@@ -155,11 +155,27 @@ def test_all_experiments_on_a_batch(examiner, monkeypatch):
         assert row["deletion"].keys() == row["insertion"].keys() == row["gone"].keys()
     assert [row["word"] for row in one["correctness"]] == ["man", "man"]
     found = one["correctness"][0]["methods"]
-    assert found.keys() == {"lrp", "gradcam", "attention", "negative lrp", "negative gradcam"}
+    assert found.keys() == {"lrp", "gradcam", "attention", "negative lrp"}
     assert found["attention"]["union"] == pytest.approx([1.0] * 10) and one["correctness"][0]["area"] == 1.0
     assert all(0 <= best <= 1 for best in found["lrp"]["best box"])
     assert [(row["word"], row["supported"], row["shown"]) for row in one["hallucination"]] == [("man", True, True), ("dogs", False, False), ("man", True, True)]
     assert one["hallucination"][0]["scores"].keys() == {"lrp", "gradcam", "attention", "1 - beta"}
+
+
+def test_the_best_of_several_heads_is_reported_beside_their_mean(examiner, monkeypatch):
+    captioner = random_captioner(words=20, model_type="aoa").float()
+    captioner.vocabulary = examiner.captioner.vocabulary
+    monkeypatch.setattr(captioner, "decode", lambda found, **options: [["a", "man"]])
+    images = torch.randn(1, 3, 128, 128)
+    entry = {**ENTRY, "objects": [{"category": "person", "bbox": [0, 0, 10, 20]}]}
+    (record,) = Examiner(captioner, ("attention",), examiner.phrases, [], ("correctness",), {})(images, [0], [entry])
+    found = record["correctness"][0]["methods"]
+    heads = captioner.explain(images, [["a", "man"]], "attention")[0].attention[1]
+    mask = box_masks([(0, 0, 10, 20)], (32, 32), (128, 128))
+    grids = torch.nn.functional.interpolate(heads.view(len(heads), 1, 8, 8), size=128, mode="bilinear")[:, 0]
+    each = torch.stack([correctness(grid, mask)[0] for grid in grids])
+    assert len(heads) > 1 and found["attention, best head"]["union"] == pytest.approx(each.amax(0).tolist())
+    assert found["attention"]["union"] == pytest.approx(correctness(grids.mean(0), mask)[0].tolist())
 
 
 def test_the_random_baselines_depend_on_seed_and_image_only(examiner, monkeypatch):
