@@ -90,7 +90,7 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     whole = path.read_text()
     tables = json.loads(path.with_suffix(".json").read_text())["tables"]
     assert "**word ablation**" in path.with_suffix(".md").read_text() and "word ablation" in capsys.readouterr().out
-    path.write_text("\n".join(whole.splitlines()[:3]) + "\n")  # the first batch is there
+    path.write_text("\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:20])  # the first batch, and a line cut by a kill
     calls = []
     original = evaluation.Examiner.__call__
     monkeypatch.setattr(evaluation.Examiner, "__call__", lambda self, images, indices, entries: calls.append(indices) or original(self, images, indices, entries))
