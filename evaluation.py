@@ -172,7 +172,8 @@ def examine_split(captioner, dataset, names, args, stem):
     header = {"checkpoint": file_hash(args.checkpoint), "methods": args.methods, "experiments": names, "decoding": decoding, "seed": args.seed, "images": files}
     *lines, _ = path.read_text().split("\n") if path.exists() else [""]  # the last is empty, or was cut by a kill
     lines = lines if lines and json.loads(lines[0]) == header else [json.dumps(header)]
-    write_lines(path, lines)
+    with write_atomically(path) as temporary:
+        write_lines(temporary, lines)
     records = {record["index"]: record for record in map(json.loads, lines[1:])}
     examiner = Examiner(captioner, args.methods, object_phrases(categories), words, names, decoding, args.seed)
     loader = DataLoader(Subset(dataset, [index for index in range(len(dataset)) if index not in records]), EXAMINED_AT_ONCE, num_workers=args.workers)
@@ -187,7 +188,6 @@ def examine_split(captioner, dataset, names, args, stem):
 
 def write_lines(path, lines, mode="w"):
     """Write or append lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, mode) as file:
         file.write("".join(f"{line}\n" for line in lines))
 
