@@ -24,7 +24,7 @@ from PIL import Image
 from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader
 
-from captiondata import CaptionDataset, Vocabulary, image_transform, load_image
+from captiondata import CaptionDataset, Vocabulary, image_transform, load_image, padded
 from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import add_common_flags, choose_device, provenance, run, set_seed, write_json
 from encoder import build_encoder
@@ -33,7 +33,7 @@ from experiments import SUMMARIES, Examiner
 from objectives import CrossEntropy, ImageLRPInference, LRPInference
 from preparedataset import prepare
 from pycocoevalcap.chair.chair import object_phrases
-from pycocoevalcap.ciderd.ciderd import CiderD, padded
+from pycocoevalcap.ciderd.ciderd import CiderD
 from scenes import write_scenes
 
 WORDS = 10  # words of the explained caption

@@ -89,6 +89,14 @@ class Vocabulary:
         return cls(words if isinstance(words, list) else [])
 
 
+def padded(captions):
+    """Lists of word ids -> long (captions, longest), padded with 0, which is <pad> in every vocabulary."""
+    result = torch.zeros(len(captions), max(map(len, captions), default=0), dtype=torch.long)
+    for row, caption in zip(result, captions):
+        row[: len(caption)] = torch.tensor(caption, dtype=torch.long)
+    return result
+
+
 def load_image(path):
     """The image in `path` as an 8-bit RGB PIL image, upright as its EXIF tag says, transparency laid on white.
 

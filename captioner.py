@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import decoding
-from captiondata import Vocabulary
+from captiondata import Vocabulary, padded
 from commandline import UserError, write_atomically
 from encoder import ENCODERS, Encoder
 from gradient_utils import GuidedReLU, attention_map, grad_cam, gradient, guided_grad_cam, input_x_gradient
@@ -321,9 +321,7 @@ class Captioner(nn.Module):
 
     def _padded(self, ids):
         """Lists of word ids -> inputs (B, T) = `<start>` and all but the last word, and targets (B, T), padded."""
-        longest = max(map(len, ids))
-        rows = [[self.vocabulary.start, *caption] + [self.vocabulary.pad] * (longest - len(caption)) for caption in ids]
-        tokens = torch.tensor(rows, device=self.device)
+        tokens = padded([[self.vocabulary.start, *caption] for caption in ids]).to(self.device)
         return tokens[:, :-1], tokens[:, 1:]
 
     def save(self, path, **extra):

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from captiondata import CaptionDataset, files_hash, image_transform
+from captiondata import CaptionDataset, files_hash, image_transform, padded
 from captioner import METHODS, evaluating, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
 from commandline import (
@@ -53,9 +53,7 @@ def word_scores(captioner, features, captions, words):
     """The largest probability that each of `words` had while a captioner said a caption: features (B, L, D), B lists of words
     -> (B, len(words)) on the CPU."""
     vocabulary = captioner.vocabulary
-    longest = max(map(len, captions))
-    inputs = [[vocabulary.start, *vocabulary.encode(caption)] + [vocabulary.pad] * (longest - len(caption)) for caption in captions]
-    inputs = torch.tensor(inputs, device=features.device)
+    inputs = padded([[vocabulary.start, *vocabulary.encode(caption)] for caption in captions]).to(features.device)
     with evaluating(captioner):
         probabilities = captioner(features, inputs.unsqueeze(1)).squeeze(1).softmax(-1)  # (B, T, V)
     probabilities = probabilities[..., vocabulary.encode(words)].masked_fill((inputs == vocabulary.pad).unsqueeze(-1), 0)

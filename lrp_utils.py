@@ -136,6 +136,8 @@ class _AlphaOneBetaZero(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, *geometry):
+        """x (B, C, H, W), weight (D, C/groups, h, w), bias (D) or None, stride, padding, dilation, groups -> y (B, D, H', W'), as
+        F.conv2d; keeps y / z for the way back."""
         y = F.conv2d(x, weight, bias, *geometry)
         ctx.signed = bool((x < 0).any())  # behind a ReLU no input is negative, and half of the work falls away
         parts, weights = [x.clamp(min=0)], [weight.clamp(min=0)]

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from pycocoevalcap.bleu.bleu import Bleu
 
-from captiondata import STOP_WORDS, tokenize
+from captiondata import STOP_WORDS, padded, tokenize
 from captioner import METHODS, PIXELS_PER_PASS, evaluating
 from decoding import greedy, multinomial
 from lrp_utils import inference_weights
-from pycocoevalcap.ciderd.ciderd import CiderD, padded
+from pycocoevalcap.ciderd.ciderd import CiderD
 
 
 def caption_loss(logits, targets, pad):
@@ -197,23 +197,15 @@ class SCST:
     def rewards(self, captions, indices):
         """Captions (word ids) of the images of these indices -> float (B, number of captions of an image)."""
         references = [self.references[index] for index in indices]
-        rewards = self._score(captions, references).float()
+        rewards = self.scorer.score_ids(captions, references).float()
         return rewards + self.bleu_weight * self._bleu(captions, references).to(rewards) if self.bleu_weight else rewards
-
-    def _score(self, captions, references):
-        """CIDEr-D (B, S) of captions against the references of the same images, all word ids."""
-        number = torch.tensor(list(map(len, references)))
-        most = int(number.max())
-        rows = padded([words for image in references for words in image + [[]] * (most - len(image))]).unflatten(0, (-1, most))
-        hypotheses = padded([words for image in captions for words in image]).unflatten(0, (len(captions), -1))
-        return self.scorer.score(hypotheses, rows, number)
 
     def score_words(self, predictions, references):
         """Mean CIDEr-D of captions as the reward counts it: {key: words}, {key: raw sentences}."""
         vocabulary = self.captioner.vocabulary
         known = [[[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in references[key]] for key in predictions]
         captions = self._ended([[vocabulary.encode(words)] for words in predictions.values()])
-        return self._score(captions, known).mean().item()
+        return self.scorer.score_ids(captions, known).mean().item()
 
     @staticmethod
     def _bleu(captions, references):

@@ -6,6 +6,8 @@ caption at a time. Here the corpus is given once and whole batches are scored on
 
 import torch
 
+from captiondata import padded
+
 ROWS = 256  # hypotheses scored at once; bounds the memory of comparing n-grams
 MULTIPLIERS = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd numbers without a pattern (splitmix64's)
 
@@ -103,24 +105,21 @@ class CiderD:
         weights = self._idf(keys, order) * valid
         return counts, weights, (counts * weights.square()).sum(-1).sqrt()
 
+    def score_ids(self, captions, references):
+        """As `score`, of lists of word ids: the captions of each image, as many for all of them, and its references -> (B, S)."""
+        number = torch.tensor(list(map(len, references)))
+        most = int(number.max())
+        rows = padded([words for image in references for words in image + [[]] * (most - len(image))]).unflatten(0, (-1, most))
+        hypotheses = padded([words for image in captions for words in image]).unflatten(0, (len(captions), -1))
+        return self.score(hypotheses, rows, number)
+
     def compute_score(self, gts, res):
         """{key: reference sentences}, {key: [sentence]}, tokenised -> the mean and a list of each image's score."""
         known = dict(self.vocabulary)
         hypotheses = [[_encode(res[key][0], known)] for key in gts]
         references = [[_encode(sentence, known) for sentence in gts[key]] for key in gts]
-        longest = max(map(len, references))
-        number = torch.tensor(list(map(len, references)))
-        flat = padded([caption for row in references for caption in row + [[]] * (longest - len(row))])
-        scores = self.score(padded([row[0] for row in hypotheses]).unsqueeze(1), flat.unflatten(0, (-1, longest)), number)
+        scores = self.score_ids(hypotheses, references)
         return scores.mean().item(), scores.squeeze(1).tolist()
-
-
-def padded(captions):
-    """Lists of word ids -> (captions, longest), padded with 0."""
-    result = torch.zeros(len(captions), max(map(len, captions), default=0), dtype=torch.long)
-    for row, caption in zip(result, captions):
-        row[: len(caption)] = torch.tensor(caption, dtype=torch.long)
-    return result
 
 
 def trimmed(captions):
