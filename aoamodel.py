@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioner import Captioner, lstm_cell
+from captioner import Captioner, lstm_cell, run_lstm
 from commandline import UserError
 from lrp_utils import TrueGradient
-
-ATTENTION_DROPOUT = 0.1
 
 
 class AoACaptioner(Captioner):
@@ -67,14 +65,14 @@ class AoACaptioner(Captioner):
         context, alpha = self._attend(hidden, memory, rules)
         return context, hidden, (hidden, cell), alpha, None
 
-    def unroll(self, embeddings, memory, rules=TrueGradient):
+    def unroll(self, embeddings, memory, rules=TrueGradient, lengths=None):
         """As Captioner.unroll, all steps at once where that can be."""
         if not self.all_at_once(rules):
-            return super().unroll(embeddings, memory, rules)
+            return super().unroll(embeddings, memory, rules, lengths)
         batch, captions, steps, _ = embeddings.shape
         mean = memory["mean"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
         inputs = torch.cat([embeddings, mean], dim=-1).flatten(0, 1)  # (B*N, T, E+H)
-        hidden = self.lstm(inputs)[0].reshape(batch, captions * steps, -1)
+        hidden = run_lstm(self.lstm, inputs, lengths).reshape(batch, captions * steps, -1)
         context, alpha = self._attend(hidden, memory, rules)
         return *(part.unflatten(1, (captions, steps)) for part in (context, hidden, alpha)), None
 
@@ -85,7 +83,7 @@ class AoACaptioner(Captioner):
         if memory["mask"] is not None:
             scores = scores.masked_fill(~memory["mask"][:, None, None], -torch.inf)
         alpha = scores.softmax(dim=-1)
-        weights = rules.weights(F.dropout(alpha, ATTENTION_DROPOUT, self.training and self.dropout.p > 0))
+        weights = rules.weights(self.attention_dropout(alpha))
         context = rules.epsilon((weights @ memory["values"]).transpose(1, 2).flatten(2))
         gate = rules.constant(torch.sigmoid(self.context_gate(hidden)))
         return gate * rules.epsilon(self.context_projection(context)), alpha.transpose(1, 2)

@@ -16,6 +16,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import decoding
 from captiondata import Vocabulary, padded
@@ -27,6 +28,7 @@ from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient
 CHECKPOINT_FORMAT = "image captioner 1"
 CAPTIONED_AT_ONCE = 64  # images
 IMAGES_PER_BATCH = {"cpu": 8}  # of the encoder, when no gradient is wanted; on a CPU more of them leave its cache
+DROPOUTS = ("dropout", "embed_dropout", "region_dropout", "attention_dropout")
 PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
 
 
@@ -60,7 +62,8 @@ METHODS = {
 class CaptionerConfig:
     """The sizes of a captioner, saved in its checkpoint.
 
-    num_head: attention heads of the multi-head captioner; max_length: the longest caption it may say, in words.
+    num_head: attention heads of the multi-head captioner; max_length: the longest caption it may say, in words; the dropouts
+    are of what goes into the last layer, of the word embeddings, of the regions' features and of the multi-head attention.
     """
 
     model_type: str = "gridtd"
@@ -70,6 +73,9 @@ class CaptionerConfig:
     num_head: int = 8
     dropout: float = 0.5
     max_length: int = 20
+    embed_dropout: float = 0.0
+    region_dropout: float = 0.0
+    attention_dropout: float = 0.1
 
 
 @dataclass
@@ -107,6 +113,15 @@ def lstm_cell(gates, cell, rules):
     return cell, rules.tanh(cell), o
 
 
+def run_lstm(lstm, inputs, lengths=None):
+    """nn.LSTM over sequences (M, T, I) -> its h (M, T, H); lengths: M numbers of any shape, on the CPU, of the inputs that count,
+    after which h is zero and is not computed."""
+    if lengths is None:
+        return lstm(inputs)[0]
+    packed = pack_padded_sequence(inputs, lengths.flatten().clamp(min=1), batch_first=True, enforce_sorted=False)
+    return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=inputs.shape[1])[0]
+
+
 class Captioner(nn.Module):
     """An encoder, a word embedding, the projection of the regions and the last layer; models add what lies between."""
 
@@ -116,7 +131,8 @@ class Captioner(nn.Module):
         self.embedding = nn.Embedding(len(vocabulary), config.embed_dim)
         self.image_projection = nn.Linear(encoder.out_channels, config.hidden_dim)
         self.fc = nn.Linear(config.hidden_dim, len(vocabulary))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.embed_dropout = nn.Dropout(config.dropout), nn.Dropout(config.embed_dropout)
+        self.region_dropout, self.attention_dropout = nn.Dropout(config.region_dropout), nn.Dropout(config.attention_dropout)
         silence = torch.zeros(len(vocabulary))
         silence[[vocabulary.pad, vocabulary.start, vocabulary.unk]] = -torch.inf
         self.register_buffer("silence", silence, persistent=False)  # added to the log-probabilities of what may be said
@@ -140,15 +156,22 @@ class Captioner(nn.Module):
             return regions.mean(dim=1)
         return (regions * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
-    def unroll(self, embeddings, memory, rules=TrueGradient):
+    def unroll(self, embeddings, memory, rules=TrueGradient, lengths=None):
         """Teacher forcing: embeddings (B, N, T, E) of the inputs -> context and hidden (B, N, T, H), the sum of which goes into
-        the last layer, attention (B, N, T, heads, L), beta (B, N, T) or None for a captioner without a sentinel."""
-        state = self.start(memory, embeddings.shape[1])
+        the last layer, attention (B, N, T, heads, L), beta (B, N, T) or None for a captioner without a sentinel.
+
+        lengths: (B, N) on the CPU, the inputs of each caption that count; what follows them is arbitrary, and mostly not
+        computed, the less the more the captions of each image are in falling order of length."""
+        captions = embeddings.shape[1]
+        state = self.start(memory, captions)
         steps = []
-        for word_input in self.word_inputs(embeddings, memory).unbind(dim=2):
+        for step, word_input in enumerate(self.word_inputs(embeddings, memory).unbind(dim=2)):
+            if lengths is not None:
+                captions = int((lengths > step).any(dim=0).nonzero().max()) + 1
+                word_input, state = word_input[:, :captions], tuple(part[:, :captions] for part in state)
             context, hidden, state, *attention = self.step(word_input, state, memory, rules)
             steps.append((context, hidden, *attention))
-        return tuple(None if parts[0] is None else torch.stack(parts, dim=2) for parts in zip(*steps))
+        return tuple(None if parts[0] is None else torch.stack(_widened(parts), dim=2) for parts in zip(*steps))
 
     def all_at_once(self, rules):
         """Whether an LSTM that does not wait for the attention may take a whole caption by nn.LSTM. LRP's rules act inside the
@@ -159,16 +182,17 @@ class Captioner(nn.Module):
         """context and hidden (..., H) -> logits (..., V) of the next words."""
         return self.fc(self.dropout(context + hidden))
 
-    def forward(self, features, inputs, ss_prob=0.0, last_layer=None):
+    def forward(self, features, inputs, ss_prob=0.0, last_layer=None, lengths=None):
         """features (B, L, D), inputs (B, N, T) word ids, N captions an image -> logits (B, N, T, V) of the next words.
 
         ss_prob: the probability that an input is replaced by the captioner's own last prediction; last_layer: a function to take
-        instead of the method of that name.
+        instead of the method of that name; lengths: see `unroll`.
         """
-        memory = self.look(features)
+        memory = self.look(self.region_dropout(features))
         if ss_prob:
             inputs = self._scheduled_inputs(memory, inputs, ss_prob)
-        return (last_layer or self.last_layer)(*self.unroll(self.embedding(inputs), memory)[:2])
+        embeddings = self.embed_dropout(self.embedding(inputs))
+        return (last_layer or self.last_layer)(*self.unroll(embeddings, memory, lengths=lengths)[:2])
 
     @torch.no_grad()
     def _scheduled_inputs(self, memory, inputs, ss_prob):
@@ -335,6 +359,12 @@ class Captioner(nn.Module):
         }
         with write_atomically(path) as temporary:
             torch.save(checkpoint, temporary)
+
+
+def _widened(parts):
+    """Tensors (B, n, ...) of falling n, all made as wide as the first by zeros."""
+    widest = parts[0].shape[1]
+    return [torch.cat([part, part.new_zeros(len(part), widest - part.shape[1], *part.shape[2:])], dim=1) for part in parts]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+import distributed
 from captiondata import CaptionDataset, files_hash, image_transform, padded
 from captioner import METHODS, evaluating, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
@@ -34,18 +35,19 @@ EXAMINED_AT_ONCE = 16  # images
 
 
 def captioned(captioner, dataset, batch_size=64, workers=2, **decoding):
-    """Caption every image of a CaptionDataset (of images or of cached features); yields (indices, features (B, L, D), captions
-    as `captioner.decode` returns them)."""
-    loader = DataLoader(dataset, batch_size, num_workers=workers)
-    for inputs, _, indices in tqdm(loader, desc=f"captioning {dataset.split}", leave=False):
+    """Caption every image of a CaptionDataset (of images or of cached features), or those of this process; yields (indices,
+    features (B, L, D), captions as `captioner.decode` returns them)."""
+    batches = distributed.shared(torch.arange(len(dataset)).split(batch_size))
+    loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers)
+    for inputs, _, indices in tqdm(loader, desc=f"captioning {dataset.split}", leave=False, disable=not distributed.is_main()):
         features = inputs.to(captioner.device) if dataset.features else captioner.encode(inputs)
         yield indices.tolist(), features, captioner.decode(features, **decoding)
 
 
 def decode_split(captioner, dataset, batch_size=64, workers=2, **decoding):
-    """As `captioned` -> {index: list of words}."""
+    """As `captioned` -> {index: list of words}, of all processes."""
     batches = captioned(captioner, dataset, batch_size, workers, **decoding)
-    return {index: words for indices, _, captions in batches for index, words in zip(indices, captions)}
+    return distributed.gathered({index: words for indices, _, captions in batches for index, words in zip(indices, captions)})
 
 
 @torch.no_grad()

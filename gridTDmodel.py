@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioner import Captioner, lstm_cell
+from captioner import Captioner, lstm_cell, run_lstm
 from lrp_utils import TrueGradient
 
 
@@ -95,14 +95,14 @@ class AdaptiveCaptioner(AdaptiveAttention):
         context, alpha, beta = self._attend(hidden, sentinel, memory, rules)
         return context, hidden, (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
 
-    def unroll(self, embeddings, memory, rules=TrueGradient):
+    def unroll(self, embeddings, memory, rules=TrueGradient, lengths=None):
         """As Captioner.unroll. Nothing of the attention goes back into the LSTM, so all steps can be taken at once; tanh of the
         cell, which nn.LSTM keeps to itself, is h over the output gate."""
         if not self.all_at_once(rules):
-            return super().unroll(embeddings, memory, rules)
+            return super().unroll(embeddings, memory, rules, lengths)
         batch, captions, steps, _ = embeddings.shape
         image = memory["global"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
-        hidden = self.lstm(torch.cat([embeddings, image], dim=-1).flatten(0, 1))[0]  # (B*N, T, H)
+        hidden = run_lstm(self.lstm, torch.cat([embeddings, image], dim=-1).flatten(0, 1), lengths)  # (B*N, T, H)
         before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
         hidden, before = (part.reshape(batch, captions * steps, -1) for part in (hidden, before))
         gates = self.word_inputs(embeddings.flatten(1, 2), memory) + memory["image_gates"] + F.linear(before, memory["weights"]["recurrent"])

@@ -1,8 +1,9 @@
 """What a training step minimises: cross-entropy, LRP-inference with cross-entropy (both published forms), SCST, and SCST of
 LRP-inference. train.py is the loop around it.
 
-An objective is called with the encoder's inputs, the region features, the captions and the indices of a batch, and returns the
-loss and a dict of figures to log.
+An objective is called with the encoder's inputs, the region features, the captions (on the CPU) and the indices of a batch, and
+returns the loss, a mean over words, and a dict of figures to log, among them the number of these words. Nothing in a step of
+cross-entropy waits for the device.
 """
 
 from functools import partial
@@ -19,23 +20,33 @@ from lrp_utils import inference_weights
 from pycocoevalcap.ciderd.ciderd import CiderD
 
 
-def caption_loss(logits, targets, pad):
-    """Cross-entropy (nats), the mean over all words that are not padding: logits (..., V), targets (...)."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=pad)
-
-
 def precise(x):
     """x in float32 if autocast made it coarser."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def training_batch(captions, captions_per_image, pad):
-    """Captions (B, 5, L) -> inputs and targets (B, N, T): N of the five, drawn anew, cut to the longest."""
-    if captions_per_image < captions.shape[1]:
-        order = torch.rand(captions.shape[:2]).argsort(dim=1)[:, :captions_per_image]
-        captions = captions.gather(1, order.unsqueeze(-1).expand(-1, -1, captions.shape[-1]))
-    longest = int((captions != pad).sum(-1).max())
+    """Captions (B, 5, L) -> inputs and targets (B, N, T): N of the five, drawn anew, the longest first, cut to the longest."""
+    order = torch.rand(captions.shape[:2]).argsort(dim=1)[:, :captions_per_image]
+    lengths = (captions != pad).sum(-1)
+    order = order.gather(1, lengths.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    captions = captions.gather(1, order.unsqueeze(-1).expand(-1, -1, captions.shape[-1]))
+    longest = int(lengths.gather(1, order).max())
     return captions[..., : longest - 1], captions[..., 1:longest]
+
+
+class TeacherForcing:
+    """Inputs (B, N, T) on a device, and where they count: `lengths` (B, N) on the CPU, and `rows`, the places of the M target words
+    among all B*N*T; `targets` (M,) are these words. Padding is only looked for on the CPU, where a GPU need not be waited for."""
+
+    def __init__(self, inputs, targets, pad, device):
+        mask = targets != pad
+        self.inputs, self.lengths = inputs.to(device), mask.sum(-1).cpu()
+        self.rows, self.targets = (part.to(device) for part in (mask.flatten().nonzero().flatten(), targets[mask]))
+
+    def pick(self, *parts):
+        """Parts (B, N, T, H) -> (M, H) each."""
+        return tuple(part.flatten(0, -2)[self.rows] for part in parts)
 
 
 class CrossEntropy:
@@ -46,12 +57,17 @@ class CrossEntropy:
         self.pad = captioner.vocabulary.pad
 
     def words(self, captions):
-        """Inputs and targets (B, N, T) on the captioner's device."""
-        return (part.to(self.captioner.device) for part in training_batch(captions, self.captions_per_image, self.pad))
+        """Inputs and targets (B, N, T)."""
+        return training_batch(captions, self.captions_per_image, self.pad)
 
     def __call__(self, images, features, captions, indices):
-        inputs, targets = self.words(captions)
-        return caption_loss(precise(self.captioner(features, inputs, self.ss_prob)), targets, self.pad), {}
+        words = TeacherForcing(*self.words(captions), self.pad, self.captioner.device)
+        losses = self.losses(words, self.captioner(features, words.inputs, self.ss_prob, words.pick, words.lengths))
+        return losses.mean(), {"words": len(words.targets)}
+
+    def losses(self, words, parts):
+        """Cross-entropy (M,) in nats of the target words, from parts context and hidden (M, H)."""
+        return F.cross_entropy(precise(self.captioner.last_layer(*parts)), words.targets, reduction="none")
 
 
 def quiet_words(vocabulary):
@@ -91,23 +107,18 @@ class LRPInference(CrossEntropy):
         mask = self.captioner.dropout(torch.ones_like(context))
         return (context * mask).flatten(0, -2), (hidden * mask).flatten(0, -2)
 
-    def _both_losses(self, context, hidden, targets):
-        """Cross-entropies (M,) of p and of p_hat, which is computed only where it is not p."""
-        context, hidden = self._dropped(context, hidden)
+    def losses(self, words, parts):
+        """As of CrossEntropy; p_hat is computed only where it is not p."""
+        context, hidden = self._dropped(*parts)
         logits = precise(self.captioner.fc(context + hidden))
-        plain = F.cross_entropy(logits, targets, ignore_index=self.pad, reduction="none")
-        scores, words = logits.detach().max(dim=-1)
-        rows = (~self.quiet[words] & (targets != self.pad)).nonzero().flatten()
-        inferred = self.captioner.fc(self.weighted(context[rows], hidden[rows], scores[rows], words[rows]))
-        return plain, plain.index_copy(0, rows, F.cross_entropy(precise(inferred), targets[rows], reduction="none"))
+        plain = F.cross_entropy(logits, words.targets, reduction="none")
+        scores, predicted = logits.detach().max(dim=-1)
+        rows = (~self.quiet[predicted]).nonzero().flatten()
+        inferred = self.captioner.fc(self.weighted(context[rows], hidden[rows], scores[rows], predicted[rows]))
+        return self._combined(plain, plain.index_copy(0, rows, F.cross_entropy(precise(inferred), words.targets[rows], reduction="none")))
 
-    def __call__(self, images, features, captions, indices):
-        inputs, targets = self.words(captions)
-        losses = self.captioner(features, inputs, last_layer=partial(self._both_losses, targets=targets.flatten()))
-        return self._combined(*losses, targets), {}
-
-    def _combined(self, plain, inferred, targets):
-        return (self.share * plain + (1 - self.share) * inferred).sum() / (targets != self.pad).sum()
+    def _combined(self, plain, inferred):
+        return self.share * plain + (1 - self.share) * inferred
 
 
 class ImageLRPInference(LRPInference):
@@ -115,16 +126,14 @@ class ImageLRPInference(LRPInference):
     multiplied by m = 1 + mean(E), E its LRP heat map of the image divided by its largest size."""
 
     def __call__(self, images, features, captions, indices):
-        inputs, targets = self.words(captions)
-        logits = precise(self.captioner(features, inputs))
-        scores, words = logits.max(dim=-1)
-        factors = self.image_weights(images.to(features.device), inputs, words, ~self.quiet[words] & (targets != self.pad))
-        inferred = logits.scatter(-1, words.unsqueeze(-1), (scores * factors).unsqueeze(-1))
-        losses = (
-            F.cross_entropy(part.flatten(0, -2), targets.flatten(), ignore_index=self.pad, reduction="none")
-            for part in (logits, inferred)
-        )
-        return self._combined(*losses, targets), {}
+        words = TeacherForcing(*self.words(captions), self.pad, self.captioner.device)
+        logits = precise(self.captioner(features, words.inputs, lengths=words.lengths))
+        scores, predicted = logits.max(dim=-1)
+        wanted = torch.zeros_like(predicted, dtype=torch.bool).flatten().index_fill(0, words.rows, True).view_as(predicted)
+        factors = self.image_weights(images.to(features.device), words.inputs, predicted, wanted & ~self.quiet[predicted])
+        inferred = logits.scatter(-1, predicted.unsqueeze(-1), (scores * factors).unsqueeze(-1))
+        losses = (F.cross_entropy(*words.pick(part), words.targets, reduction="none") for part in (logits, inferred))
+        return self._combined(*losses).mean(), {"words": len(words.targets)}
 
     def image_weights(self, images, inputs, words, wanted):
         """m (B, N, T) of the words predicted after inputs (B, N, T), 1 where it is not wanted (bool)."""
@@ -164,14 +173,14 @@ class SCST:
 
     def __call__(self, images, features, captions, indices):
         sampled, rewards, baseline = self.draw(features.detach(), indices.tolist())
-        targets = padded([words for image in sampled for words in image]).unflatten(0, (-1, self.samples)).to(features.device)
-        inputs = F.pad(targets[..., :-1], (1, 0), value=self.captioner.vocabulary.start)
-        logits = precise(self.captioner(features, inputs, last_layer=self.last_layer)) + self.captioner.silence
-        log_probabilities = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        mask = targets != self.captioner.vocabulary.pad
-        log_probabilities = torch.where(mask, log_probabilities, 0)  # that of padding is -inf
-        loss = -(log_probabilities * (rewards - baseline).unsqueeze(-1)).sum() / mask.sum()
-        return loss, {"reward": rewards.mean().item(), "baseline": baseline.mean().item()}
+        vocabulary = self.captioner.vocabulary
+        targets = padded([words for image in sampled for words in image]).unflatten(0, (-1, self.samples))
+        words = TeacherForcing(F.pad(targets[..., :-1], (1, 0), value=vocabulary.start), targets, vocabulary.pad, features.device)
+        parts = self.captioner(features, words.inputs, last_layer=words.pick, lengths=words.lengths)
+        logits = precise((self.last_layer or self.captioner.last_layer)(*parts)) + self.captioner.silence
+        advantages, = words.pick((rewards - baseline).unsqueeze(-1).expand(targets.shape).unsqueeze(-1))
+        losses = F.cross_entropy(logits, words.targets, reduction="none") * advantages.squeeze(-1)
+        return losses.mean(), {"words": len(words.targets), "reward": rewards.mean(), "baseline": baseline.mean()}
 
     @torch.no_grad()
     def draw(self, features, indices):

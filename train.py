@@ -4,11 +4,13 @@ Fine-tune a trained one by SCST, by LRP-inference, or by both.
     python train.py                                                       # the embedded scenes, a few minutes on 2 cores
     python train.py --dataset flickr8k --encoder squeezenet1_1            # on cached features, if preparedataset.py made them
     python train.py --dataset coco2017 --encoder vgg16 --finetune_encoder # from the images
+    python train.py --dataset flickr8k --encoder inception_v3 --model_type aoa --preset flickr8k      # the README's best
     python train.py --resume checkpoints/scenes-gridtd.last.pt            # go on where it stopped, to the same end
     python train.py --cider_tune                                          # SCST from checkpoints/scenes-gridtd.pt, or --resume CKPT
     python train.py --lrp_tune                                            # LRP-inference fine-tuning
     python train.py --lrp_tune --lrp_lambda 1                             # its baseline: as many steps without LRP
     python train.py --lrp_cider_tune                                      # LRP-inference with SCST
+    torchrun --nproc_per_node=4 train.py ...                              # the same steps, each shared by 4 processes
 
 After every epoch the validation images are captioned; the captioner (the best by CIDEr, or after fine-tuning the last) is
 checkpoints/NAME.pt, the last one with all that is needed to go on checkpoints/NAME.last.pt, and the figures of each epoch are
@@ -28,25 +30,34 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import distributed
 from captiondata import CaptionDataset, encoder_path, features_path, image_transform
-from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
+from captioner import DROPOUTS, MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
 from captionmetrics import caption_metrics
-from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_atomically
+from commandline import UserError, add_common_flags, provenance, run, set_seed, write_atomically
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder
 from evaluation import dataset_folder, decode_split
 from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference
 
-# Two sets of defaults. "paper" is what the authors' code uses (§4 and the final version);
-# "scenes" is smaller and quicker, for an encoder that learns from nothing in a few minutes.
+# Three sets of defaults. "paper" is what the authors' code uses (§4 and the final version); "scenes" is smaller and quicker, for an
+# encoder that learns from nothing in a few minutes; "flickr8k" is for few photographs and cached features: what a captioner of
+# today gets, more dropout and a learning rate that starts high and falls fast.
+PAPER = {
+    "encoder": "vgg16", "embed_dim": 512, "hidden_dim": 512, "dropout": 0.5, "epochs": 20, "batch_size": 32, "decoder_lr": 5e-4,
+    "encoder_lr": 1e-4, "schedule": "plateau", "augment": True, "pretrain_epochs": 0, "embed_dropout": 0.0, "region_dropout": 0.0,
+    "attention_dropout": 0.1, "plateau_factor": 0.8, "plateau_patience": 2, "adam_beta1": 0.8, "grad_clip": 0.1,
+}  # fmt: skip
 PRESETS = {
-    "paper": {
-        "encoder": "vgg16", "embed_dim": 512, "hidden_dim": 512, "dropout": 0.5, "epochs": 20, "batch_size": 32,
-        "decoder_lr": 5e-4, "encoder_lr": 1e-4, "schedule": "plateau", "augment": True, "pretrain_epochs": 0,
+    "paper": PAPER,
+    "scenes": PAPER | {
+        "encoder": "scenes_vgg", "embed_dim": 128, "hidden_dim": 192, "dropout": 0.3, "epochs": 4, "decoder_lr": 3e-3,
+        "encoder_lr": 2e-3, "schedule": "cosine", "augment": False, "pretrain_epochs": 4,
     },
-    "scenes": {
-        "encoder": "scenes_vgg", "embed_dim": 128, "hidden_dim": 192, "dropout": 0.3, "epochs": 4, "batch_size": 32,
-        "decoder_lr": 3e-3, "encoder_lr": 2e-3, "schedule": "cosine", "augment": False, "pretrain_epochs": 4,
+    "flickr8k": PAPER | {
+        "encoder": "inception_v3", "epochs": 12, "batch_size": 16, "decoder_lr": 1e-3, "augment": False, "embed_dropout": 0.5,
+        "region_dropout": 0.2, "attention_dropout": 0.0, "plateau_factor": 0.4, "plateau_patience": 1, "adam_beta1": 0.9,
+        "grad_clip": None, "grad_norm": 5.0,
     },
 }  # fmt: skip
 PAPER_MODELS = {  # what the authors' code sets for one captioner only
@@ -54,7 +65,7 @@ PAPER_MODELS = {  # what the authors' code sets for one captioner only
     "gridtd": {},
     "aoa": {"epochs": 50, "dropout": 0.3},
 }
-ADAM_BETAS = (0.8, 0.999)
+ADAM_BETA2 = 0.999
 # What fine-tuning changes. The paper's LRP-inference: 1e-6, 320 steps on Flickr30k, 500 on COCO (§4.4). No dropout: the captions
 # that SCST samples come from the distribution whose log-probability is raised.
 MODES = ("cider_tune", "lrp_tune", "lrp_cider_tune")
@@ -63,9 +74,10 @@ TUNING = {
     "cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
     "lrp_cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
 }
-TUNING_COMMON = {"dropout": 0.0, "epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0}
+TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {"epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0}
 FLICKR_ITERATIONS = 320
-PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_FLOOR = 0.8, 2, 2e-5  # lr x 0.8 after 2 epochs without a gain in CIDEr
+PLATEAU_FLOOR = 2e-5  # the lowest learning rate
+CHECK_EVERY = 50  # steps after which the losses are looked at; looking waits for the GPU
 
 
 def object_targets(dataset):
@@ -90,7 +102,7 @@ def pretrain_encoder(encoder, dataset, args, device):
     encoder.to(device).train()
     parameters = [*encoder.parameters(), *classifier.parameters()]
     loader = DataLoader(dataset, args.batch_size, shuffle=True, num_workers=args.workers)
-    optimizer = torch.optim.Adam(parameters, args.encoder_lr, ADAM_BETAS)
+    optimizer = torch.optim.Adam(parameters, args.encoder_lr, (args.adam_beta1, ADAM_BETA2), fused=True)
     scheduler = one_cycle(optimizer, args.pretrain_epochs * len(loader))
     for epoch in range(1, args.pretrain_epochs + 1):
         dataset.epoch = -epoch  # augments otherwise than any epoch of captions
@@ -118,13 +130,13 @@ def build_optimizer(captioner, args, steps):
     groups = [{"params": captioner.decoder_parameters(), "lr": args.decoder_lr}]
     if args.finetune_encoder:
         groups.append({"params": list(captioner.encoder.parameters()), "lr": args.encoder_lr})
-    optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS)
+    optimizer = torch.optim.Adam(groups, betas=(args.adam_beta1, ADAM_BETA2), fused=True)
     if args.schedule == "cosine":
         return optimizer, one_cycle(optimizer, steps)
     if args.schedule == "constant":
         return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, "max", PLATEAU_FACTOR, PLATEAU_PATIENCE - 1, threshold=0, min_lr=PLATEAU_FLOOR
+        optimizer, "max", args.plateau_factor, args.plateau_patience - 1, threshold=0, min_lr=PLATEAU_FLOOR
     )
 
 
@@ -169,9 +181,22 @@ def validate(captioner, dataset, objective, args):
     return metrics
 
 
+class TrainingStep(nn.Module):
+    """What one step computes of a batch: encoder if it is needed, and objective. DistributedDataParallel wraps this."""
+
+    def __init__(self, captioner, objective, cached, bfloat16):
+        super().__init__()
+        self.captioner, self.objective, self.cached, self.bfloat16 = captioner, objective, cached, bfloat16
+
+    def forward(self, inputs, captions, indices):
+        """Images (B, 3, H, W) or cached features (B, L, D), captions (B, 5, length + 2), indices (B,) -> what the objective returns."""
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.objective(inputs, inputs.float() if self.cached else self.captioner.encoder(inputs), captions, indices)
+
+
 class Progress:
-    """How far a training has come; with the states of model, optimizer, schedule and random numbers it is a checkpoint that a
-    killed training goes on from to the same end.
+    """How far a training has come; with the states of model, optimizer and schedule it is a checkpoint that a killed training goes
+    on from to the same end.
 
     epoch: the one under way, from 1; step: its steps done; iterations: all steps done; sums: of the figures of this epoch's
     steps; history: the rows of the epochs done.
@@ -179,11 +204,23 @@ class Progress:
 
     def __init__(self):
         self.epoch, self.step, self.iterations, self.best, self.sums, self.history = 1, 0, 0, -1.0, {}, []
+        self._recent = []  # figures of steps that were not looked at yet, on the device
 
     def add(self, figures):
-        """Count a step with these figures."""
+        """Count a step with these figures, tensors () without gradient."""
         self.step, self.iterations = self.step + 1, self.iterations + 1
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in figures.items()}
+        self._recent.append(figures)
+
+    def look(self):
+        """Add up the recent steps' figures, means over processes; UserError if a loss of them is not finite."""
+        for name in self._recent[0] if self._recent else ():
+            values = distributed.averaged(torch.stack([figures[name] for figures in self._recent])).tolist()
+            if name == "loss" and not all(map(math.isfinite, values)):
+                bad = next(place for place, value in enumerate(values) if not math.isfinite(value))
+                step = self.step - len(values) + bad
+                raise UserError(f"the loss is {values[bad]} in epoch {self.epoch}, step {step}; the last checkpoint is whole; try a lower --decoder_lr")
+            self.sums[name] = sum(values, self.sums.get(name, 0.0))
+        self._recent = []
 
     def finish_epoch(self, metrics, seconds):
         """The row of the epoch: means of its steps' figures, and the validation metrics."""
@@ -192,33 +229,41 @@ class Progress:
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         return self.history[-1]
 
+    def state(self):
+        """What a checkpoint holds of it."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
 
 def fit(captioner, train_set, val_set, args):
     """Train to args.epochs or args.max_iterations, going on from args.resume if it is of this very training; write checkpoints
     and figures as we go. UserError if the loss stops being finite."""
     output, objective = Path(args.output), build_objective(captioner, train_set, args)
-    steps = max(1, len(train_set) // args.batch_size)
-    optimizer, scheduler = build_optimizer(captioner, args, args.epochs * steps)
+    optimizer, scheduler = build_optimizer(captioner, args, args.epochs * max(1, len(train_set) // args.batch_size))
+    step = TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16)
     progress = Progress()
     if args.resume and is_of_this_training(args):
         progress = restore(read_checkpoint(args.resume), captioner, optimizer, scheduler)
     elif args.mode != "cross_entropy":
         progress.history.append({"epoch": 0, "iterations": 0, **validate(captioner, val_set, objective, args)})
         show(progress.history[-1])
-    for stale in output.parent.glob(f".{output.stem}.*"):
+    step = distributed.parallel(step)
+    for stale in output.parent.glob(f".{output.stem}.*") if distributed.is_main() else ():
         stale.unlink()  # of a training killed while it wrote
 
     def save(path, **extra):
         metrics = progress.history[-1] if progress.history else {}
         about = {"dataset": val_set.info["name"], "val": metrics, "epoch": progress.epoch, "mode": args.mode, "provenance": provenance(args.seed)}
-        captioner.save(path, about=about, **extra)
+        if distributed.is_main():
+            captioner.save(path, about=about, **extra)
 
     def save_last():
-        save(output.with_suffix(".last.pt"), training=snapshot(progress, args.mode, optimizer, scheduler))
+        progress.look()
+        training = {**progress.state(), "mode": args.mode, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        save(output.with_suffix(".last.pt"), training=training)
 
     while progress.epoch <= args.epochs and progress.iterations < (args.max_iterations or float("inf")):
         started = time.perf_counter()
-        train_epoch(captioner, train_set, objective, optimizer, scheduler, progress, args, save_last)
+        train_epoch(step, train_set, optimizer, scheduler, progress, args, save_last)
         metrics = validate(captioner, val_set, objective, args)
         if args.schedule == "plateau":
             scheduler.step(metrics["CIDEr"])
@@ -227,8 +272,10 @@ def fit(captioner, train_set, val_set, args):
             progress.best = metrics["CIDEr"]
             save(output)
         save_last()
-        write_history(output, progress.history)
-    print(f"the captioner (val CIDEr {progress.best:.4f}) is {output}")
+        if distributed.is_main():
+            write_history(output, progress.history)
+    if distributed.is_main():
+        print(f"the captioner (val CIDEr {progress.best:.4f}) is {output}")
 
 
 def epoch_batches(images, batch_size, seed, epoch):
@@ -238,40 +285,52 @@ def epoch_batches(images, batch_size, seed, epoch):
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
 
 
-def train_epoch(captioner, dataset, objective, optimizer, scheduler, progress, args, save_last):
-    """What is left of an epoch, counted in `progress`; `save_last()` every args.checkpoint_every steps."""
+def train_epoch(step, dataset, optimizer, scheduler, progress, args, save_last):
+    """What is left of an epoch, counted in `progress`; `save_last()` every args.checkpoint_every steps.
+
+    Of each batch every process takes its share. Random numbers depend on nothing but seed, step and process, so that a step can be
+    made again."""
+    captioner = getattr(step, "module", step).captioner
     captioner.train()
     captioner.encoder.train(args.finetune_encoder)
     dataset.epoch = progress.epoch
     batches = epoch_batches(len(dataset), args.batch_size, args.seed, progress.epoch)[progress.step :]
     if args.max_iterations:
         batches = batches[: args.max_iterations - progress.iterations]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, generator=torch.Generator())  # the global one is the steps'
-    bar = tqdm(loader, desc=f"epoch {progress.epoch}", leave=False)
+    loader = DataLoader(dataset, batch_sampler=list(map(distributed.shared, batches)), num_workers=args.workers, pin_memory=captioner.device.type == "cuda")
+    bar = tqdm(loader, desc=f"epoch {progress.epoch}", leave=False, disable=not distributed.is_main())
     for inputs, captions, indices in bar:
-        inputs = inputs.to(captioner.device, non_blocking=True)
-        with torch.autocast(captioner.device.type, torch.bfloat16, enabled=args.bfloat16):
-            features = inputs if dataset.features else captioner.encoder(inputs)
-            loss, figures = objective(inputs, features, captions, indices)
-        value = loss.item()
-        if not math.isfinite(value):
-            where = f"epoch {progress.epoch}, step {progress.step} (images {indices.tolist()})"
-            raise UserError(f"the loss is {value} in {where}; the last checkpoint is whole; try a lower --decoder_lr")
+        set_seed(distributed.seed_of(args.seed, progress.iterations))
+        loss, figures = step(inputs.to(captioner.device, non_blocking=True), captions, indices)
+        loss = loss * distributed.share(figures["words"], captioner.device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_value_((p for group in optimizer.param_groups for p in group["params"]), args.grad_clip)
+        clip(optimizer, args)
         optimizer.step()
         if args.schedule == "cosine":
             scheduler.step()
-        progress.add({"loss": value, **figures})
-        bar.set_postfix(loss=f"{value:.3f}")
+        progress.add({"loss": loss.detach(), **figures, "words": torch.tensor(float(figures["words"] * distributed.world_size()))})
+        if progress.iterations % CHECK_EVERY == 0:
+            progress.look()
+            bar.set_postfix(loss=f"{progress.sums['loss'] / progress.step:.3f}")
         if progress.iterations % args.checkpoint_every == 0:
             save_last()
+    progress.look()
+
+
+def clip(optimizer, args):
+    """Limit the gradients as the flags say."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if args.grad_clip:
+        torch.nn.utils.clip_grad_value_(parameters, args.grad_clip)
+    if args.grad_norm:
+        torch.nn.utils.clip_grad_norm_(parameters, args.grad_norm)
 
 
 def show(row):
     """Print the figures of an epoch."""
-    print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    if distributed.is_main():
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
 def write_history(output, history):
@@ -291,12 +350,6 @@ def write_history(output, history):
         figure.savefig(temporary, dpi=120)
 
 
-def snapshot(progress, mode, optimizer, scheduler):
-    """What --resume needs beside the weights."""
-    random = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    return {**vars(progress), "mode": mode, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random}
-
-
 def is_of_this_training(args):
     """Whether --resume names an interrupted training of this mode, rather than a captioner to fine-tune."""
     training = read_checkpoint(args.resume).get("training")
@@ -314,12 +367,8 @@ def restore(checkpoint, captioner, optimizer, scheduler):
         scheduler.load_state_dict(training["scheduler"])
     except (RuntimeError, ValueError, KeyError):
         raise UserError("--resume: the checkpoint is of another captioner; give the flags it was trained with") from None
-    cpu, *cuda = training["random"]
-    torch.set_rng_state(cpu.cpu())
-    for device, state in enumerate(cuda[: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state.cpu(), device)
     progress = Progress()
-    vars(progress).update({name: training[name] for name in vars(progress)})
+    vars(progress).update({name: training[name] for name in progress.state()})
     return progress
 
 
@@ -336,14 +385,21 @@ def build_parser(defaults):
     flag("--embed_dim", type=int, help="word embedding dimensions (default: %(default)s)")
     flag("--hidden_dim", type=int, help="LSTM and attention dimensions (default: %(default)s)")
     flag("--dropout", type=float, help="dropout probability before the last layer (default: %(default)s)")
+    flag("--embed_dropout", type=float, help="of the word embeddings (default: %(default)s)")
+    flag("--region_dropout", type=float, help="of the regions' features (default: %(default)s)")
+    flag("--attention_dropout", type=float, help="of the multi-head attention's weights (default: %(default)s)")
     flag("--epochs", type=int, help="passes over the training images (default: %(default)s)")
     flag("--batch_size", type=int, help="images a step (default: %(default)s)")
     flag("--captions_per_image", type=int, default=5, help="captions of each image a step, 1 to 5 (default: %(default)s)")
     flag("--decoder_lr", type=float, help="learning rate of all but the encoder (default: %(default)s)")
     flag("--encoder_lr", type=float, help="learning rate of the encoder if it is tuned (default: %(default)s)")
-    flag("--schedule", choices=("plateau", "cosine", "constant"), help="plateau: x0.8 after 2 epochs without a gain in CIDEr; cosine: one cycle (default: %(default)s)")
+    flag("--schedule", choices=("plateau", "cosine", "constant"), help="plateau: lower after epochs without a gain in CIDEr; cosine: one cycle (default: %(default)s)")
+    flag("--plateau_factor", type=float, help="what the plateau's learning rate is multiplied by (default: %(default)s)")
+    flag("--plateau_patience", type=int, help="after so many epochs without a gain (default: %(default)s)")
+    flag("--adam_beta1", type=float, help="Adam's decay of the mean gradient (default: %(default)s)")
     flag("--max_iterations", type=int, help="stop after so many steps (default: %(default)s)")
-    flag("--grad_clip", type=float, default=0.1, help="clamp every gradient to +- this value (default: %(default)s)")
+    flag("--grad_clip", type=float, help="clamp every gradient to +- this value, 0 for not (default: %(default)s)")
+    flag("--grad_norm", type=float, help="scale the gradients down to this norm (default: %(default)s)")
     flag("--ss_prob", type=float, default=0.0, help="scheduled sampling: probability of feeding back a predicted word (default: %(default)s)")
     flag("--finetune_encoder", action=argparse.BooleanOptionalAction, default=False, help="train the encoder too (default: %(default)s)")
     flag("--pretrain_epochs", type=int, help="epochs in which the encoder first learns to name the annotated objects (default: %(default)s)")
@@ -424,13 +480,20 @@ def new_captioner(args, folder, train_set, device):
 def main():
     """Read the data, build or load the captioner, and train."""
     args = parse_arguments()
-    device = choose_device(args.device)
+    device = distributed.own_device(args.device)
+    with distributed.job(device):
+        train(args, device)
+
+
+def train(args, device):
+    """Train as the flags say."""
     set_seed(args.seed)
     folder, trained = dataset_folder(args.dataset), None
     if args.mode != "cross_entropy":
         trained = load_captioner(args.resume, device)
         args.encoder, args.model_type = trained.config.encoder, trained.config.model_type
-        trained.dropout.p = args.dropout
+        for name in DROPOUTS:
+            getattr(trained, name).p = getattr(args, name)
     train_set, val_set = load_datasets(args, folder, ENCODERS[args.encoder].image_size)
     if trained and trained.vocabulary.words != train_set.vocabulary.words:
         raise UserError(f"{args.resume} was not trained on {folder}: its vocabulary is another")

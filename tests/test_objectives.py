@@ -10,16 +10,21 @@ import torch.nn.functional as F
 
 import train
 from captiondata import STOP_WORDS, CaptionDataset
-from captioner import METHODS, MODELS, load_captioner, read_checkpoint
+from captioner import DROPOUTS, METHODS, MODELS, load_captioner, read_checkpoint
 from commandline import UserError
 from lrp_utils import EPSILON, inference_weights
-from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference, caption_loss, quiet_words
+from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference, quiet_words
 from preparedataset import prepare
 from scenes import write_scenes
 from test_captionmetrics import slow_cider_d
 from test_lrp_utils import random_captioner
 
 SMALL = ["--workers", "0", "--device", "cpu"]
+
+
+def without_dropout(captioner):
+    for name in DROPOUTS:
+        getattr(captioner, name).p = 0.0
 
 
 def stabilised(z):
@@ -50,7 +55,7 @@ def parts_of(captioner, features, inputs):
 def setting(request):
     """A random captioner in float64, features of 3 images, inputs and targets (3, 2, 5) with padding."""
     captioner = random_captioner(words=20, model_type=request.param).train()
-    captioner.dropout.p = 0.0
+    without_dropout(captioner)
     words = captioner.vocabulary.words
     words[1], words[2], words[3], words[4] = "a", "the", "on", "of"  # some stop words, and likely ones
     with torch.no_grad():
@@ -132,7 +137,7 @@ def test_the_weighted_last_layer_is_that_of_the_loss(setting):
 def test_image_weights_by_hand(model_type):
     """m = 1 + mean(E) of the predicted word's own LRP map, one word at a time; the logit of that word alone is multiplied."""
     captioner = random_captioner(words=20, model_type=model_type).train()
-    captioner.dropout.p = 0.0
+    without_dropout(captioner)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     inputs = torch.cat([torch.full((2, 2, 1), captioner.vocabulary.start), torch.randint(1, 21, (2, 2, 2))], dim=-1)
     targets = torch.randint(1, 21, (2, 2, 3))
@@ -171,7 +176,7 @@ def speaker():
     for index in range(1, 13):
         captioner.vocabulary.words[index] = f"w{index}"
     captioner.vocabulary = type(captioner.vocabulary)(captioner.vocabulary.words)
-    captioner.dropout.p = 0.0
+    without_dropout(captioner)
     captioner.config.max_length = 6
     return captioner.train(), torch.randn(2, 9, captioner.encoder.out_channels, dtype=torch.float64) * 3
 
@@ -330,10 +335,20 @@ def test_stop_words_are_nltks():
     assert quiet.tolist() == [True, *[False] * 5, True, True, True]
 
 
-def test_caption_loss_is_the_mean_over_words():
-    logits, targets = torch.randn(2, 3, 5), torch.tensor([[1, 2, 0], [3, 0, 0]])
-    by_hand = F.cross_entropy(torch.stack([logits[0, 0], logits[0, 1], logits[1, 0]]), torch.tensor([1, 2, 3]))
-    torch.testing.assert_close(caption_loss(logits, targets, 0), by_hand)
+def test_cross_entropy_is_the_mean_over_words_that_are_not_padding(setting):
+    """Captions of very different lengths, so that packing and the shrinking batch of a stepped captioner are at work."""
+    captioner, features, inputs, targets = setting
+    targets[0, 1, 2:], targets[1, 0, 1:], targets[2, 1, 4:] = 0, 0, 0
+    objective = CrossEntropy(captioner)
+    objective.words = lambda captions: (inputs, targets)
+    loss, figures = objective(None, features, None, None)
+    logits = captioner(features, inputs)
+    losses = [-logits[tuple(at)].log_softmax(-1)[targets[tuple(at)]] for at in (targets != 0).nonzero().tolist()]
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert figures["words"] == len(losses)
+    gradients = (torch.autograd.grad(value, captioner.decoder_parameters(), allow_unused=True) for value in (loss, torch.stack(losses).mean()))
+    for found, wanted in zip(*gradients):
+        assert (found is None) == (wanted is None) and (found is None or torch.allclose(found, wanted, atol=1e-12))
 
 
 @pytest.mark.parametrize("flags", [["--cider_tune"], ["--lrp_tune", "--decoder_lr", 1e-3], ["--lrp_cider_tune"]])

@@ -68,7 +68,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(folder, tmp_path, mon
     interrupted = train.train_epoch
 
     def stop_in_the_last_epoch(*arguments):
-        if arguments[5].epoch == 3:
+        if arguments[4].epoch == 3:
             raise KeyboardInterrupt
         return interrupted(*arguments)
 
@@ -92,16 +92,8 @@ def test_a_frozen_encoder_stays_as_it_is_and_a_tuned_one_moves(folder, tmp_path,
     assert not torch.equal(tuned["encoder.net.1.running_mean"], fresh["net.1.running_mean"])
 
 
-def test_the_loss_leaves_padding_out():
-    logits, targets = torch.randn(2, 3, 4, 7), torch.randint(1, 7, (2, 3, 4))
-    targets[0, 0, 2:] = 0
-    mask = targets != 0
-    by_hand = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)[mask].mean()
-    torch.testing.assert_close(objectives.caption_loss(logits, targets, pad=0), by_hand)
-
-
 def test_a_training_batch_is_shifted_and_cut(folder):
-    captions = torch.tensor([[[8, 1, 2, 9, 0, 0], [8, 3, 9, 0, 0, 0]]])
+    captions = torch.tensor([[[8, 3, 9, 0, 0, 0], [8, 1, 2, 9, 0, 0]]])
     inputs, targets = objectives.training_batch(captions, 2, pad=0)
     assert inputs.tolist() == [[[8, 1, 2], [8, 3, 9]]]
     assert targets.tolist() == [[[1, 2, 9], [3, 9, 0]]]
@@ -117,7 +109,7 @@ def test_object_targets_are_the_annotated_categories(folder):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(objectives, "caption_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(objectives, "precise", lambda logits: logits * float("nan"))
     with pytest.raises(UserError, match="the loss is nan in epoch 1, step 0"):
         run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt")
     assert not list(tmp_path.iterdir())
