@@ -113,6 +113,57 @@ def lstm_cell(gates, cell, rules):
     return cell, rules.tanh(cell), o
 
 
+class StepWeight:
+    """A weight matrix (O, I) that every step multiplies by, as x -> x @ weight.T for x (..., I).
+
+    In training its gradient is made once, of the inputs and output gradients of all steps together, instead of as many matrices to
+    be added up as there are steps; and autocast makes it coarser once.
+    """
+
+    def __init__(self, weight, training):
+        if torch.is_autocast_enabled(weight.device.type):
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+        self.weight, self.pairs, self.token = weight, [], None
+        if training and torch.is_grad_enabled():
+            self.token = _AllSteps.apply(weight, self.pairs)
+
+    def __call__(self, x):
+        if self.token is None:
+            return F.linear(x, self.weight)
+        return _OneStep.apply(x.to(self.weight.dtype), self.weight.detach(), self.token, self.pairs)
+
+
+class _AllSteps(torch.autograd.Function):
+    """Going forward a token that each step takes; going back, after the last of them, the gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx, weight, pairs):
+        ctx.pairs = pairs
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        inputs, gradients = (torch.cat(parts) for parts in zip(*ctx.pairs))
+        ctx.pairs.clear()
+        return gradients.T @ inputs, None
+
+
+class _OneStep(torch.autograd.Function):
+    """x (..., I), weight (O, I) -> x @ weight.T; going back, it leaves input and gradient to `_AllSteps`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, token, pairs):
+        ctx.save_for_backward(x, weight)
+        ctx.pairs = pairs
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        ctx.pairs.append((x.flatten(0, -2), gradient.flatten(0, -2)))
+        return gradient @ weight, None, gradient.new_zeros(()), None
+
+
 def run_lstm(lstm, inputs, lengths=None):
     """nn.LSTM over sequences (M, T, I) -> its h (M, T, H); lengths: M numbers of any shape, on the CPU, of the inputs that count,
     after which h is zero and is not computed."""

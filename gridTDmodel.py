@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioner import Captioner, lstm_cell, run_lstm
+from captioner import Captioner, StepWeight, lstm_cell, run_lstm
 from lrp_utils import TrueGradient
 
 
@@ -136,8 +136,8 @@ class GridTDCaptioner(AdaptiveAttention):
             "image_gates": F.linear(global_feature, image_weight, bias).unsqueeze(1),
             "weights": {
                 "word": word_weight,
-                "attention": torch.cat([language_weight, recurrent], dim=1),
-                "language": torch.cat([language.weight_ih, language.weight_hh], dim=1),
+                "attention": StepWeight(torch.cat([language_weight, recurrent], dim=1), self.training),
+                "language": StepWeight(torch.cat([language.weight_ih, language.weight_hh], dim=1), self.training),
                 "language_bias": language.bias_ih + language.bias_hh,
             },
         }
@@ -149,10 +149,10 @@ class GridTDCaptioner(AdaptiveAttention):
     def step(self, word_input, state, memory, rules=TrueGradient):
         """One word further: word_input (B, N, 5H) -> c_hat, h2 (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
         (h1, m1, h2, m2), weights = state, memory["weights"]
-        gates = word_input + memory["image_gates"] + F.linear(torch.cat([h2, h1], dim=-1), weights["attention"])
+        gates = word_input + memory["image_gates"] + weights["attention"](torch.cat([h2, h1], dim=-1))
         h1, m1, sentinel = self._sentinel_lstm(gates, m1, rules)
         context, alpha, beta = self._attend(h1, sentinel, memory, rules)
-        gates = F.linear(torch.cat([context, h1, h2], dim=-1), weights["language"], weights["language_bias"])
+        gates = weights["language"](torch.cat([context, h1, h2], dim=-1)) + weights["language_bias"]
         m2, squashed, output_gate = lstm_cell(gates, m2, rules)
         h2 = output_gate * squashed
         return context, h2, (h1, m1, h2, m2), alpha.unsqueeze(-2), beta.squeeze(-1)
