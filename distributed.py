@@ -33,6 +33,11 @@ def is_main():
     return rank() == 0
 
 
+def restarted():
+    """Whether torchrun started the processes anew, because one of them failed or others joined."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def own_device(name=None):
     """As `choose_device`; without a name, or for "cuda", the GPU that is this process' own on its machine."""
     if world_size() > 1 and name in (None, "cuda") and torch.cuda.is_available():

@@ -5,6 +5,7 @@ experiments on it.
     python evaluation.py --experiment all                   # also the ablations, correctness and hallucination (experiments.py)
     python evaluation.py --checkpoint checkpoints/flickr8k-gridtd.pt --dataset flickr8k --split val
     python evaluation.py --predictions results.json --annotations annotations/captions_val2017.json
+    torchrun --nproc_per_node=4 evaluation.py ...           # the same figures, the images shared by 4 processes
 
 Prints a table and writes it, with the captions, as JSON. A metric that lacks a tool (Java, SPICE's jars, a BERT) is shown with the
 reason and the command that mends it. What the experiments find is kept image by image, so that an interrupted run goes on.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
@@ -74,6 +75,7 @@ def caption_split(captioner, dataset, args):
         found.update(zip(indices, captions))
         if words:
             scores.update(zip(indices, word_scores(captioner, features, [first for first, *_ in captions], words)))
+    found, scores = distributed.gathered(found), distributed.gathered(scores)
     predictions = {index: " ".join(captions[0]) for index, captions in found.items()}
     return captions_of(dataset, predictions, corpus, words, word_scores=scores if words else None, **tools(args)), found
 
@@ -170,20 +172,37 @@ def examine_split(captioner, dataset, names, args, stem):
     words = choose_object_words(args.object_words, dataset.info["name"], train, categories)
     files = files_hash(dataset.entries)
     header = {"checkpoint": file_hash(args.checkpoint), "methods": args.methods, "experiments": names, "decoding": decoding, "seed": args.seed, "images": files}
-    *lines, _ = path.read_text().split("\n") if path.exists() else [""]  # the last is empty, or was cut by a kill
-    lines = lines if lines and json.loads(lines[0]) == header else [json.dumps(header)]
-    with write_atomically(path) as temporary:
-        write_lines(temporary, lines)
-    records = {record["index"]: record for record in map(json.loads, lines[1:])}
+    records = distributed.from_main(collect_records(path, header) if distributed.is_main() else None)
+    own = path if distributed.is_main() else path.with_suffix(f".{distributed.rank()}.jsonl")
+    write_lines(own, [json.dumps(header)] if own != path else [], "a")
     examiner = Examiner(captioner, args.methods, object_phrases(categories), words, names, decoding, args.seed)
-    loader = DataLoader(Subset(dataset, [index for index in range(len(dataset)) if index not in records]), EXAMINED_AT_ONCE, num_workers=args.workers)
-    with tqdm(total=len(dataset), initial=len(records), desc="explaining", unit="image", leave=False) as bar:
+    rest = torch.tensor([index for index in range(len(dataset)) if index not in records], dtype=torch.long).split(EXAMINED_AT_ONCE)
+    loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in distributed.shared(rest) if len(batch)], num_workers=args.workers)
+    with tqdm(total=len(dataset), initial=len(records), desc="explaining", unit="image", leave=False, disable=not distributed.is_main()) as bar:
         for images, _, indices in loader:
             found = examiner(images, indices.tolist(), [dataset.entries[index] for index in indices])
             records |= {record["index"]: record for record in found}
-            write_lines(path, [json.dumps(record) for record in found], "a")
-            bar.update(len(found))
-    return [records[index] for index in sorted(records)]
+            write_lines(own, [json.dumps(record) for record in found], "a")
+            bar.update(len(found) * distributed.world_size())
+    records = distributed.gathered(records)
+    if distributed.is_main():
+        collect_records(path, header)
+    return list(records.values())
+
+
+def collect_records(path, header):
+    """{index: record} of what was kept under this header by earlier runs, whatever their number of processes; it is then in the one
+    file `path`, of complete lines."""
+    parts, records = [path, *path.parent.glob(f"{path.stem}.*.jsonl")], {}
+    for part in parts:
+        *lines, _ = part.read_text().split("\n") if part.exists() else [""]  # the last is empty, or was cut by a kill
+        if lines and json.loads(lines[0]) == header:
+            records |= {record["index"]: record for record in map(json.loads, lines[1:])}
+    with write_atomically(path) as temporary:
+        write_lines(temporary, map(json.dumps, [header, *records.values()]))
+    for part in parts[1:]:
+        part.unlink()
+    return records
 
 
 def write_lines(path, lines, mode="w"):
@@ -295,8 +314,15 @@ def main():
         rows = [{"image_id": key, "caption": sentence} for key, sentence in captions.predictions.items()]
         score(captions, rows, args, Path(args.output or Path("results") / Path(args.predictions).stem))
         return
+    device = distributed.own_device(args.device)
+    with distributed.job(device):
+        evaluate(args, device)
+
+
+def evaluate(args, device):
+    """Measure a captioner on a split of a dataset."""
     folder = dataset_folder(args.dataset)
-    captioner = load_captioner(args.checkpoint, choose_device(args.device))
+    captioner = load_captioner(args.checkpoint, device)
     dataset = open_split(folder, args.split, captioner.encoder)
     dataset.entries = dataset.entries[: args.limit]
     stem = Path(args.output or Path("results") / f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
@@ -305,11 +331,14 @@ def main():
         rows = [{"image_id": entry["image_id"], "caption": captions.predictions[index]} for index, entry in enumerate(dataset.entries)]
         for index, row in enumerate(rows):
             row |= {"others": [" ".join(words) for words in found[index][1:]]} if len(found[index]) > 1 else {}
-        score(captions, rows, args, stem)
+        if distributed.is_main():
+            score(captions, rows, args, stem)
     names = list(SUMMARIES) if args.experiment == "all" else [name for name in SUMMARIES if name == args.experiment]
     if names:
         stem = stem.with_name(f"{stem.stem}-{args.experiment}")
-        report(examine_split(captioner, dataset, names, args, stem), names, captioner, args, stem)
+        records = examine_split(captioner, dataset, names, args, stem)
+        if distributed.is_main():
+            report(records, names, captioner, args, stem)
 
 
 def check_arguments(args):

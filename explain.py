@@ -5,6 +5,7 @@
     python explain.py photo.jpg --caption "a dog on the grass"          # explain this caption instead of the captioner's own
 
     python explain.py photo.jpg --method lrp gradcam attention          # and lay several methods side by side
+    torchrun --nproc_per_node=4 explain.py *.jpg                        # the images shared by 4 processes
 
 For each image and method it writes NAME-METHOD.png (a figure), .npz (the relevance maps, not normalised) and .json; for
 several methods also NAME-methods.png.
@@ -21,11 +22,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torchvision.transforms.v2.functional import gaussian_blur
 
+import distributed
 from captiondata import image_transform, load_image, load_regions, tokenize
 from captioner import METHODS, load_captioner
-from commandline import UserError, add_common_flags, choose_device, provenance, run, set_seed, write_atomically, write_json
+from commandline import UserError, add_common_flags, provenance, run, set_seed, write_atomically, write_json
 from decoding import add_decoding_flags, decoding_options
 
+EXPLAINED_AT_ONCE = 8  # images
 COLUMNS = 5  # panels in a row of the figure
 PANEL, TITLE, LABEL, WORD_LINE = 2.3, 0.45, 0.3, 0.24  # inches: a panel's side, the caption, a panel's title, a line of words
 CLIP_PERCENTILE = 99.8  # in the figure, a pixel of this percentile of |relevance| has the full colour
@@ -157,13 +160,11 @@ def build_parser():
     return parser
 
 
-def read_inputs(args, encoder, images):
+def read_inputs(regions, encoder, images):
     """What the encoder looks at, (B, 3, S, S) or (B, L, D), and for bottom-up features each image's boxes, else None."""
-    if encoder.given != bool(args.regions) or args.regions and len(args.regions) != len(images):
-        raise UserError("a captioner of bottom-up features, and only such a one, needs --regions with one HDF5 file for each image")
-    if not args.regions:
+    if not regions:
         return torch.stack([image_transform(encoder.image_size)(image) for image in images]), None
-    features, boxes = zip(*map(load_regions, args.regions))
+    features, boxes = zip(*map(load_regions, regions))
     return torch.stack(features), boxes
 
 
@@ -172,15 +173,24 @@ def main():
     args = build_parser().parse_args()
     options = decoding_options(args)
     set_seed(args.seed)
-    captioner = load_captioner(args.checkpoint, choose_device(args.device))
-    images = [load_image(path) for path in args.images]
-    pixels, boxes = read_inputs(args, captioner.encoder, images)
-    if args.caption is None:
-        captions = captioner.caption(pixels, **options)
-    else:
-        captions = [tokenize(args.caption)] * len(images)
+    device = distributed.own_device(args.device)
+    captioner = load_captioner(args.checkpoint, device)
+    if captioner.encoder.given != bool(args.regions) or args.regions and len(args.regions) != len(args.images):
+        raise UserError("a captioner of bottom-up features, and only such a one, needs --regions with one HDF5 file for each image")
+    for path in args.images:
+        load_image(path)  # nothing is written if one of them is damaged
+    groups = [slice(first, first + EXPLAINED_AT_ONCE) for first in range(0, len(args.images), EXPLAINED_AT_ONCE)]
+    for group in distributed.shared(groups):
+        explain(captioner, args.images[group], args.regions and args.regions[group], args, options)
+
+
+def explain(captioner, paths, regions, args, options):
+    """Caption a few images if need be, explain, and write."""
+    images = [load_image(path) for path in paths]
+    pixels, boxes = read_inputs(regions, captioner.encoder, images)
+    captions = captioner.caption(pixels, **options) if args.caption is None else [tokenize(args.caption)] * len(images)
     explained = {method: captioner.explain(pixels, captions, method, args.through_attention and method == "lrp") for method in args.method}
-    for index, (path, image) in enumerate(zip(args.images, images)):
+    for index, (path, image) in enumerate(zip(paths, images)):
         print(f"{path}: {' '.join(captions[index])}")
         stem, about = Path(args.output) / Path(path).stem, {**provenance(args.seed, args.checkpoint), "image": str(path)}
         explanations = {method: found[index] for method, found in explained.items()}

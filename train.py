@@ -488,6 +488,11 @@ def main():
 def train(args, device):
     """Train as the flags say."""
     set_seed(args.seed)
+    if args.batch_size < distributed.world_size():
+        raise UserError(f"--batch_size {args.batch_size} is less than the {distributed.world_size()} processes that share a batch")
+    last = Path(args.output).with_suffix(".last.pt")
+    if distributed.restarted() and last.exists() and read_checkpoint(last)["about"]["provenance"]["command"] == provenance()["command"]:
+        args.resume = last
     folder, trained = dataset_folder(args.dataset), None
     if args.mode != "cross_entropy":
         trained = load_captioner(args.resume, device)

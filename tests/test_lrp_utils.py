@@ -21,10 +21,10 @@ def relative_difference(ours, truth):
     return np.abs(ours - truth).max() / np.abs(truth).max()
 
 
-def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, **sizes):
+def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, vocabulary=None, **sizes):
     """A float64 captioner with random weights, large enough that every nonlinearity is used."""
     torch.manual_seed(seed)
-    vocabulary = Vocabulary(["<pad>", *(f"w{i}" for i in range(words)), "<unk>", "<start>", "<end>"])
+    vocabulary = vocabulary or Vocabulary(["<pad>", *(f"w{i}" for i in range(words)), "<unk>", "<start>", "<end>"])
     config = CaptionerConfig(encoder=encoder, **{"embed_dim": 12, "hidden_dim": 16, "num_head": 4, **sizes})
     captioner = build_captioner(config, vocabulary, build_encoder(encoder, "random")).double().eval()
     for name, parameter in captioner.named_parameters():
