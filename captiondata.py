@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import os
 import struct
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from commandline import UserError, read_json, write_json
+from featurecache import FeatureReader, features_path
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TOKENIZER = RegexpTokenizer(r"\w+")
@@ -132,16 +132,6 @@ def image_transform(size, augment=False):
     return v2.Compose([v2.Resize((size, size)), *augmentation, *to_tensor])
 
 
-def features_path(folder, encoder):
-    """Where the features of the encoder called `encoder` are cached."""
-    return Path(folder) / f"features-{encoder}.h5"
-
-
-def encoder_path(folder, encoder):
-    """Where the weights of the encoder that made the cached features lie (a state dict)."""
-    return Path(folder) / f"encoder-{encoder}.pt"
-
-
 def files_hash(entries):
     """16 hex digits that tell one list of images from another, so that rows of a cache are never misattributed."""
     return hashlib.sha256("\n".join(entry["file"] for entry in entries).encode()).hexdigest()[:16]
@@ -165,14 +155,16 @@ def load_regions(path, count=36):
 class CaptionDataset(Dataset):
     """One split of a prepared dataset, one item per image: (x, captions, index).
 
-    x: float (3, H, W), the image after `transform` (None: as it is, in 0..1), or float (L, D), its row of
+    x: float (3, H, W), the image after `transform` (None: as it is, in 0..1), or float16 (L, D), its row of
     features-<features>.h5, or its bottom-up features in the folder `regions`, SPLIT/FILE.hdf5;
     captions: long (5, max_length + 2), each <start>, words, <end>, <pad> ...; index: int.
     Attributes: folder, split, info, vocabulary, entries (list of dicts of <split>.json), features_attributes (dict of
-    the cache's attributes, or None). UserError if the folder, the split or a complete cache is missing.
+    the cache's attributes, or None), epoch. UserError if the folder, the split or a complete cache is missing.
+
+    versions: so many augmented versions of the cached features take turns with the plain one, another of them every epoch.
     """
 
-    def __init__(self, folder, split, transform=None, features=None, regions=None):
+    def __init__(self, folder, split, transform=None, features=None, regions=None, versions=0):
         self.folder, self.split, self.transform, self.features = Path(folder), split, transform, features
         self.regions = regions
         if not (self.folder / "info.json").exists():
@@ -182,18 +174,16 @@ class CaptionDataset(Dataset):
             raise UserError(f"{folder} has no split '{split}'; it has: {', '.join(self.info['splits'])}")
         self.vocabulary = Vocabulary.load(self.folder / "vocabulary.json")
         self.entries = read_json(self.folder / f"{split}.json")
-        self._open_file = None  # (process id, h5py.File)
         self.augmentation_seed, self.epoch = None, 0  # with a seed, the transform's randomness depends on seed, epoch and index only
-        self.features_attributes = self._check_cache() if features else None
+        self._readers = [self._reader(version) for version in range(versions + 1)] if features else []
+        self._memory = None
+        self.features_attributes = self._readers[0].attributes if features else None
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, index):
         return (self._row(index) if self.features else self._pixels(index)), self.captions(index), index
-
-    def __getstate__(self):
-        return {**self.__dict__, "_open_file": None}
 
     def captions(self, index):
         """The five encoded captions of an image: long (5, max_length + 2)."""
@@ -227,23 +217,17 @@ class CaptionDataset(Dataset):
             return self.transform(image)
 
     def _row(self, index):
-        """One row of the cache; every process (DataLoader worker) opens the file for itself, as HDF5 requires."""
-        if self._open_file is None or self._open_file[0] != os.getpid():
-            self._open_file = os.getpid(), h5py.File(features_path(self.folder, self.features), "r")
-        return torch.from_numpy(self._open_file[1][self.split][index].astype(np.float32))
+        version = (self.epoch + index) % len(self._readers)
+        return self._readers[version].rows(index, index + 1)[0] if self._memory is None else self._memory[version][index]
 
-    def _check_cache(self):
-        """The attributes of the cache; UserError unless it holds every image of this split."""
-        path, again = features_path(self.folder, self.features), f"run preparedataset.py --features {self.features}"
-        if not path.exists():
-            raise UserError(f"there is no {path}; {again}")
-        try:
-            file = h5py.File(path, "r")
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it and {again}") from None
-        with file:
-            if self.split not in file or not file[f"{self.split}_done"][:].all():
-                raise UserError(f"{path} is incomplete for split '{self.split}'; {again}, it goes on where it stopped")
-            if file[self.split].attrs["files_hash"] != files_hash(self.entries):
-                raise UserError(f"{path} was made for other images; delete it and {again}")
-            return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in file.attrs.items()}
+    def load(self, device):
+        """Read all cached features into the memory of a device."""
+        self._memory = [reader.all_rows(device) for reader in self._readers]
+
+    def features_bytes(self):
+        """How much memory `load` takes."""
+        return len(self._readers) * len(self) * self._row(0).nbytes
+
+    def _reader(self, version):
+        command = f"preparedataset.py --features {self.features}{f' --augment {version}' if version else ''}"
+        return FeatureReader(features_path(self.folder, self.features, version), self.split, files_hash(self.entries), command)

@@ -41,7 +41,7 @@ def captioned(captioner, dataset, batch_size=64, workers=2, **decoding):
     batches = distributed.shared(torch.arange(len(dataset)).split(batch_size))
     loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers)
     for inputs, _, indices in tqdm(loader, desc=f"captioning {dataset.split}", leave=False, disable=not distributed.is_main()):
-        features = inputs.to(captioner.device) if dataset.features else captioner.encode(inputs)
+        features = inputs.to(captioner.device).float() if dataset.features else captioner.encode(inputs)
         yield indices.tolist(), features, captioner.decode(features, **decoding)
 
 

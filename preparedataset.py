@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Callable
 from xml.etree import ElementTree
 
-import h5py
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import scenes
-from captiondata import CaptionDataset, Vocabulary, encoder_path, features_path, files_hash, image_transform, tokenize
+from captiondata import CaptionDataset, Vocabulary, files_hash, image_transform, tokenize
 from commandline import (
     UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
 )
 from encoder import build_encoder
+from featurecache import encoder_path, features_path, lay_out, missing_rows, write_rows
 from pycocoevalcap.chair.chair import COCO_SYNONYMS, FLICKR_SYNONYMS, forms, mentioned_objects, object_phrases, read_synonyms
 
 CAPTIONS_PER_IMAGE = 5
 COCO_TRAIN, COCO_VAL = 110000, 5000
+PREPROCESSING = "stretched to a square, bilinear with antialiasing, ImageNet's mean and deviation"
 ENTITIES_FOLDERS = ("Flickr30kEntities", "flickr30k_entities")
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 IMAGE_FOLDERS = ("images", "Images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset", "Flickr8k_Dataset")
@@ -350,62 +350,43 @@ def _require_unique(ids, path):
         raise UserError(f"{path} lists the image id {doubled[0]} more than once ({len(doubled)} such ids)")
 
 
-def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu", regions=None):
-    """Write the features of all images to features-<encoder.name>.h5 in `folder`, float16 (n, L, D) a split, and the
-    encoder's weights beside them, so that training knows them. regions: the folder of bottom-up features, for that encoder.
+def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu", regions=None, augment=0, seed=0):
+    """Write the features of all images to features-<encoder.name>.h5 in `folder` (featurecache.py), and the encoder's weights
+    beside them, so that training knows them. regions: the folder of bottom-up features, for that encoder; augment: so many more
+    versions of the train split, of images jittered and mirrored by `seed`, each in a file of its own.
 
-    Goes on where an interrupted run stopped. UserError if the file was made with other weights or for other images.
+    Goes on where an interrupted run stopped. UserError if a file was made with other weights or for other images.
     """
-    path, stamp = features_path(folder, encoder.name), _stamp(encoder)
     encoder = encoder.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
-    for split in read_json(Path(folder) / "info.json")["splits"]:
-        transform = None if regions else image_transform(encoder.image_size)
-        dataset = CaptionDataset(folder, split, transform, regions=regions)
-        with _opened(path) as file:
-            done = _claim(file, stamp, dataset, encoder, path)
-        with write_atomically(encoder_path(folder, encoder.name)) as temporary:
-            torch.save(encoder.state_dict(), temporary)
-        todo = Subset(dataset, np.flatnonzero(~done).tolist())
-        loader = DataLoader(todo, batch_size, num_workers=min(workers, len(todo)))
-        for indices, features in _encode_batches(encoder, loader, device, split):
-            with _opened(path) as file:
-                file[split][indices] = features
-                file.flush()
-                file[f"{split}_done"][indices] = True  # a row counts only after it is on disk
+    with write_atomically(encoder_path(folder, encoder.name)) as temporary:
+        torch.save(encoder.state_dict(), temporary)
+    for version in range(augment + 1):
+        splits = ["train"] if version else read_json(Path(folder) / "info.json")["splits"]
+        transform = None if regions else image_transform(encoder.image_size, augment=version > 0)
+        datasets = [CaptionDataset(folder, split, transform, regions=regions) for split in splits]
+        path = features_path(folder, encoder.name, version)
+        room = {dataset.split: (len(dataset), files_hash(dataset.entries)) for dataset in datasets}
+        preprocessing = PREPROCESSING + f"; augmented, seed {seed}" * (version > 0)
+        lay_out(path, _stamp(encoder, preprocessing), room, (encoder.grid[0] * encoder.grid[1], encoder.out_channels))
+        for dataset in datasets:
+            if version:
+                dataset.augmentation_seed, dataset.epoch = seed, version
+            todo = Subset(dataset, missing_rows(path, dataset.split))
+            loader = DataLoader(todo, batch_size, num_workers=min(workers, len(todo)))
+            for indices, features in _encode_batches(encoder, loader, device, dataset.split + f", augmented {version}" * (version > 0)):
+                write_rows(path, dataset.split, indices, features)
 
 
-def _opened(path):
-    """The cache, for one step only: a worker forked while it is open would hold its lock for as long as it lives."""
-    try:
-        return h5py.File(path, "a")
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error}); wait if another run writes it, else delete it") from None
+def _stamp(encoder, preprocessing):
+    return {
+        "encoder": encoder.name, "weights_hash": encoder.weights_hash(), "image_size": encoder.image_size or 0, "grid": encoder.grid,
+        "preprocessing": preprocessing,
+    }  # fmt: skip
 
 
-def _stamp(encoder):
-    return {"encoder": encoder.name, "weights_hash": encoder.weights_hash(), "image_size": encoder.image_size or 0}
-
-
-def _claim(file, stamp, dataset, encoder, path):
-    """Make what the cache lacks for a split; UserError if it is another encoder's. Returns which rows are done (n,)."""
-    for key, value in stamp.items():
-        if file.attrs.get(key, value) != value:
-            raise UserError(f"{path} was made with {key} {file.attrs[key]}, not {value}; delete it to make it anew")
-    file.attrs.update({**stamp, "grid": encoder.grid})
-    split, files = dataset.split, files_hash(dataset.entries)
-    if split not in file:
-        regions = encoder.grid[0] * encoder.grid[1], encoder.out_channels
-        file.create_dataset(f"{split}_done", (len(dataset),), bool)
-        rows = file.create_dataset(split, (len(dataset), *regions), np.float16, chunks=(1, *regions))
-        rows.attrs["files_hash"] = files
-    if file[split].attrs.get("files_hash") != files:
-        raise UserError(f"{path} was made for other images of split '{split}'; delete it to make it anew")
-    return file[f"{split}_done"][:]
-
-
-def _encode_batches(encoder, loader, device, split):
+def _encode_batches(encoder, loader, device, title):
     """Yield (indices (B,), features (B, L, D) float16), NumPy arrays, with a progress bar."""
-    with tqdm(total=len(loader.dataset), desc=split, unit="image") as bar:
+    with tqdm(total=len(loader.dataset), desc=title, unit="image") as bar:
         for images, _, indices in loader:
             with torch.inference_mode():
                 features = encoder(images.to(device)).half().cpu().numpy()
@@ -434,6 +415,8 @@ def parse_arguments(argv=None):
                         help="also cache the features of this encoder, e.g. vgg16 (default: none)")
     parser.add_argument("--encoder_weights", metavar="FILE",
                         help="torchvision state dict for --features, or 'random' (default: ImageNet's, downloaded)")
+    parser.add_argument("--augment", type=int, default=0, metavar="K",
+                        help="also cache K jittered and mirrored versions of the train images (default: %(default)s)")
     parser.add_argument("--regions", type=Path, metavar="FOLDER",
                         help="for --features bottom_up: its SPLIT/IMAGE.hdf5 hold image_features and image_boxes")
     parser.add_argument("--batch_size", type=_count, default=32, help="images a step of --features (default: 32)")
@@ -469,7 +452,7 @@ def main():
         encoder = build_encoder(args.features, args.encoder_weights)
         if encoder.given != bool(args.regions):
             raise UserError("--features bottom_up and --regions FOLDER belong together")
-        cache_features(output, encoder, args.batch_size, args.workers, choose_device(args.device), args.regions)
+        cache_features(output, encoder, args.batch_size, args.workers, choose_device(args.device), args.regions, args.augment, args.seed)
 
 
 if __name__ == "__main__":

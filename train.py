@@ -20,6 +20,7 @@ a line of checkpoints/NAME.jsonl and a curve in checkpoints/NAME.training.png.
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -31,13 +32,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from captiondata import CaptionDataset, encoder_path, features_path, image_transform
+from captiondata import CaptionDataset, image_transform
 from captioner import DROPOUTS, MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
 from captionmetrics import caption_metrics
 from commandline import UserError, add_common_flags, provenance, run, set_seed, write_atomically
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder
 from evaluation import dataset_folder, decode_split
+from featurecache import encoder_path, features_path, versions_of
 from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference
 
 # Three sets of defaults. "paper" is what the authors' code uses (§4 and the final version); "scenes" is smaller and quicker, for an
@@ -77,6 +79,7 @@ TUNING = {
 TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {"epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0}
 FLICKR_ITERATIONS = 320
 PLATEAU_FLOOR = 2e-5  # the lowest learning rate
+MEMORY_SHARE = 0.7  # of a GPU's free memory, or of all of the machine's, for cached features
 CHECK_EVERY = 50  # steps after which the losses are looked at; looking waits for the GPU
 
 
@@ -157,12 +160,25 @@ def load_datasets(args, folder, image_size):
     needs_pixels = args.finetune_encoder or args.mode == "lrp_tune" and args.lrp_form == "image"
     cached = features_path(folder, args.encoder).exists() and not needs_pixels
     if cached:
-        return tuple(CaptionDataset(folder, split, features=args.encoder) for split in ("train", "val"))
+        versions = versions_of(folder, args.encoder) if args.augment else 0
+        return CaptionDataset(folder, "train", features=args.encoder, versions=versions), CaptionDataset(folder, "val", features=args.encoder)
     if image_size is None:
         raise UserError(f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER")
     train_set = CaptionDataset(folder, "train", image_transform(image_size, args.augment))
     train_set.augmentation_seed = args.seed
     return train_set, CaptionDataset(folder, "val", image_transform(image_size))
+
+
+def cache_in_memory(datasets, device):
+    """Read cached features into the device's memory or, if they do not fit there, into the machine's; UserError if not there either."""
+    need = sum(dataset.features_bytes() for dataset in datasets)
+    for place in dict.fromkeys((device, torch.device("cpu"))):
+        free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need < MEMORY_SHARE * free:
+            for dataset in datasets:
+                dataset.load(place)
+            return
+    raise UserError(f"the features take {need / 1e9:.1f} GB, more than there is memory; do without --cache_in_memory")
 
 
 def check_cache(dataset, encoder):
@@ -403,9 +419,10 @@ def build_parser(defaults):
     flag("--ss_prob", type=float, default=0.0, help="scheduled sampling: probability of feeding back a predicted word (default: %(default)s)")
     flag("--finetune_encoder", action=argparse.BooleanOptionalAction, default=False, help="train the encoder too (default: %(default)s)")
     flag("--pretrain_epochs", type=int, help="epochs in which the encoder first learns to name the annotated objects (default: %(default)s)")
-    flag("--augment", action=argparse.BooleanOptionalAction, help="jitter and mirror the training images (default: %(default)s)")
+    flag("--augment", action=argparse.BooleanOptionalAction, help="jitter and mirror the training images; of cached features, take those of preparedataset.py --augment K in turn (default: %(default)s)")
     flag("--bfloat16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it (default: %(default)s)")
     flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    flag("--cache_in_memory", action="store_true", help="read all cached features first, onto the GPU if they fit (default: read them step by step)")
     flag("--output", help="where the captioner goes (default: checkpoints/DATASET-MODEL_TYPE[-MODE].pt)")
     flag("--checkpoint_every", type=int, default=500, help="steps after which a training can be gone on with (default: %(default)s)")
     flag("--resume", help="the .last.pt file of a training to go on with, or a captioner to fine-tune (default: checkpoints/DATASET-MODEL_TYPE.pt)")
@@ -506,6 +523,11 @@ def train(args, device):
         check_cache(train_set, trained.encoder)
     captioner = trained or new_captioner(args, folder, train_set, device)
     captioner.encoder.requires_grad_(args.finetune_encoder)
+    if args.cache_in_memory:
+        if not train_set.features:
+            raise UserError(f"--cache_in_memory needs cached features; run preparedataset.py --features {args.encoder}")
+        cache_in_memory((train_set, val_set), device)
+        args.workers = 0  # they would copy what is at hand
     fit(captioner, train_set, val_set, args)
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from captiondata import CaptionDataset, features_path
+from captiondata import CaptionDataset
 from captioner import load_captioner
 from captionmetrics import frequent_words, measure
 from commandline import UserError, provenance, read_json, run, write_json
 from evaluation import captions_of, decode_split
+from featurecache import features_path
 
 ENCODER, SOURCE = "scenes_vgg", "checkpoints/scenes-gridtd.pt"
 FOLDER = Path("results/tuning")

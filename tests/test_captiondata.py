@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from captiondata import CaptionDataset, Vocabulary, features_path, files_hash, image_transform, load_image, tokenize
+from captiondata import CaptionDataset, Vocabulary, files_hash, image_transform, load_image, tokenize
 from commandline import UserError, write_json
+from featurecache import features_path, lay_out, versions_of, write_rows
 
 RED = (255, 0, 0)
 
@@ -30,14 +31,15 @@ def prepared(folder, n=4, side=12):
     return folder
 
 
-def cache(folder, split="train", done=True, files=None):
-    """A feature cache of 2 regions x 3 channels whose row k is filled with k."""
-    entries = CaptionDataset(folder, split).entries
-    with h5py.File(features_path(folder, "tiny"), "w") as file:
-        rows = np.arange(len(entries), dtype=np.float16)[:, None, None] * np.ones((1, 2, 3), np.float16)
-        file[split], file[f"{split}_done"] = rows, np.full(len(entries), done)
-        file[split].attrs["files_hash"] = files or files_hash(entries)
-        file.attrs.update({"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": (1, 2)})
+def cache(folder, split="train", done=True, files=None, version=0):
+    """A feature cache of 2 regions x 3 channels whose row k is filled with k + 10 version."""
+    entries, path = CaptionDataset(folder, split).entries, features_path(folder, "tiny", version)
+    path.unlink(missing_ok=True)
+    stamp = {"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": (1, 2), "preprocessing": "none"}
+    lay_out(path, stamp, {split: (len(entries), files or files_hash(entries))}, (2, 3))
+    if done:
+        rows = (np.arange(len(entries)) + 10 * version)[:, None, None] * np.ones((1, 2, 3))
+        write_rows(path, split, list(range(len(entries))), rows.astype(np.float16))
 
 
 def test_tokenize_lowers_and_splits_at_punctuation():
@@ -161,12 +163,55 @@ def test_items_of_images(tmp_path):
 def test_items_of_features_in_workers_and_after_pickling(tmp_path):
     cache(prepared(tmp_path / "d"))
     dataset = CaptionDataset(tmp_path / "d", "train", features="tiny")
-    assert dataset[3][0].tolist() == [[3.0] * 3] * 2 and dataset[3][0].dtype == torch.float32
-    assert dataset.features_attributes == {"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": [1, 2]}
+    assert dataset[3][0].tolist() == [[3.0] * 3] * 2 and dataset[3][0].dtype == torch.float16
+    assert dataset.features_attributes == {"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": [1, 2], "preprocessing": "none"}
     again = pickle.loads(pickle.dumps(dataset))  # although its file is open
     assert again[1][0].tolist() == [[1.0] * 3] * 2
     rows = torch.cat([x for x, _, _ in DataLoader(dataset, 2, num_workers=2)])
     assert rows[:, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_augmented_versions_take_turns(tmp_path):
+    folder = prepared(tmp_path / "d")
+    for version in range(3):
+        cache(folder, version=version)
+    assert versions_of(folder, "tiny") == 2
+    dataset = CaptionDataset(folder, "train", features="tiny", versions=2)
+    seen = []
+    for dataset.epoch in range(3):
+        seen.append([dataset[index][0][0, 0].item() for index in range(4)])
+    assert [sorted(column) for column in zip(*seen)] == [[0, 10, 20], [1, 11, 21], [2, 12, 22], [3, 13, 23]]
+    assert seen[0] == [0, 11, 22, 3]  # not all images by the same version at once
+
+
+def test_features_in_memory_are_those_of_the_file(tmp_path):
+    folder = prepared(tmp_path / "d")
+    for version in range(2):
+        cache(folder, version=version)
+    one, other = (CaptionDataset(folder, "train", features="tiny", versions=1) for _ in range(2))
+    other.load(torch.device("cpu"))
+    items = {}
+    for version in range(2):
+        one.epoch = version
+        items[version] = [one[index][0] for index in range(4)]
+    for version in range(2):
+        features_path(folder, "tiny", version).unlink()  # not needed any more
+    for other.epoch in range(2):
+        assert all(torch.equal(items[other.epoch][index], other[index][0]) for index in range(4))
+    assert other.features_bytes() == 2 * 4 * 6 * 2
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    folder = prepared(tmp_path / "d")
+    cache(folder)
+    with h5py.File(features_path(folder, "tiny"), "r+") as file:
+        file["train"][2, 0, 0] = 7
+    dataset = CaptionDataset(folder, "train", features="tiny")
+    assert dataset[1][0].tolist() == [[1.0] * 3] * 2
+    with pytest.raises(UserError, match="features-tiny.h5 is damaged at image 2 of split 'train'; delete it"):
+        dataset[2]
+    with pytest.raises(UserError, match="damaged at image 2"):
+        dataset.load(torch.device("cpu"))
 
 
 def test_unusable_caches_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from PIL import Image
 from torch import nn
 
 import preparedataset
-from captiondata import CaptionDataset, features_path, image_transform
+from captiondata import CaptionDataset, image_transform
 from commandline import UserError, read_json, write_json
+from featurecache import features_path
 from preparedataset import cache_features, draw_scenes, encode_captions, prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -334,14 +336,30 @@ def test_cached_features_are_the_encoders_own(flickr, tmp_path):
     cache_features(tmp_path / "out", encoder, batch_size=2)
     images = CaptionDataset(tmp_path / "out", "train", image_transform(16))
     features = CaptionDataset(tmp_path / "out", "train", features="tiny")
-    stamp = {"encoder": "tiny", "weights_hash": "weights0", "image_size": 16, "grid": [2, 2]}
+    stamp = {"encoder": "tiny", "weights_hash": "weights0", "image_size": 16, "grid": [2, 2], "preprocessing": preparedataset.PREPROCESSING}
     assert features.features_attributes == stamp
     for k in range(3):
         direct = encoder(images[k][0][None])[0]
         assert features[k][0].shape == (4, 5)
-        torch.testing.assert_close(features[k][0], direct, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(features[k][0].float(), direct, rtol=1e-3, atol=1e-3)
     with h5py.File(features_path(tmp_path / "out", "tiny")) as file:
-        assert file["train"].dtype == np.float16 and file["train"].chunks == (1, 4, 5) and "test" not in file
+        assert file["train"].dtype == np.float16 and "test" not in file
+
+
+def test_augmented_features_are_of_augmented_images(flickr, tmp_path):
+    prepare("flickr8k", flickr, tmp_path / "out")
+    encoder, images = TinyEncoder(), CaptionDataset(tmp_path / "out", "train", image_transform(16, augment=True))
+    cache_features(tmp_path / "out", encoder, augment=2, seed=5)
+    assert encoder.seen == 4 + 3 + 3  # the val image is not augmented
+    images.augmentation_seed = 5
+    for version in (1, 2):
+        with h5py.File(features_path(tmp_path / "out", "tiny", version)) as file:
+            assert "seed 5" in file.attrs["preprocessing"] and "val" not in file
+            images.epoch = version
+            for k in range(3):
+                torch.testing.assert_close(torch.from_numpy(file["train"][k]).float(), encoder(images[k][0][None])[0], rtol=1e-3, atol=1e-3)
+    with pytest.raises(UserError, match="augmented1.h5 was made with preprocessing .*seed 5, not .*seed 6; delete it"):
+        cache_features(tmp_path / "out", encoder, augment=1, seed=6)
 
 
 def test_an_interrupted_cache_goes_on_to_the_same_content(flickr, tmp_path):
@@ -350,14 +368,55 @@ def test_an_interrupted_cache_goes_on_to_the_same_content(flickr, tmp_path):
     cache_features(tmp_path / "out", encoder, batch_size=1)
     whole = contents(path)
     with h5py.File(path, "r+") as file:
-        for row in (0, 2):
-            file["train_done"][row], file["train"][row] = False, np.zeros((4, 5))
-        del file["val"], file["val_done"]  # not even begun
+        for split, row in (("train", 0), ("train", 2), ("val", 0)):
+            file[f"{split}_done"][row], file[split][row] = False, np.zeros((4, 5))
     encoder.seen = 0
     cache_features(tmp_path / "out", encoder, batch_size=1)
     assert encoder.seen == 3 and contents(path) == whole
     cache_features(tmp_path / "out", encoder)
     assert encoder.seen == 3
+
+
+CACHING = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_preparedataset import TinyEncoder
+from preparedataset import cache_features
+cache_features({folder!r}, TinyEncoder(), batch_size=4, workers=0)
+"""
+
+
+def test_caching_killed_at_any_moment_loses_at_most_a_batch(tmp_path):
+    """SIGKILL six times at random moments of the writing: the file is whole, and every row that counts is right."""
+    root = tmp_path / "flickr"
+    images = [{"filename": f"{k}.jpg", "imgid": k, "split": "val" if k % 100 == 0 else "train", "sentences": [{"raw": "a dog"}] * 5} for k in range(400)]
+    for image in images:
+        draw(root / "images" / image["filename"], seed=image["imgid"])
+    write_json(root / "dataset_flickr8k.json", {"images": images})
+    path, moments = features_path(tmp_path / "out", "tiny"), random.Random(0)
+    prepare("flickr8k", root, tmp_path / "out")
+    cache_features(tmp_path / "out", TinyEncoder(), batch_size=4, workers=0)
+    whole = contents(path)
+    path.unlink()
+    script = CACHING.format(root=str(REPOSITORY), tests=str(REPOSITORY / "tests"), folder=str(tmp_path / "out"))
+    counts = [0]
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > time.time_ns() - 50_000_000):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        with h5py.File(path) as file:
+            done = np.flatnonzero(file["train_done"][:])
+            rows, expected = file["train"][:], np.frombuffer(whole[0]["train"], np.float16).reshape(396, 4, 5)
+            assert np.array_equal(rows[done], expected[done])
+            strangers = np.flatnonzero((rows != 0).any((1, 2)) & ~file["train_done"][:])
+        assert len(strangers) <= 4
+        counts.append(len(done))
+    assert counts == sorted(counts) and len(set(counts)) > 3
+    cache_features(tmp_path / "out", TinyEncoder(), batch_size=4, workers=0)
+    assert contents(path) == whole
 
 
 def test_caches_of_other_weights_or_images_are_refused(flickr, tmp_path):
