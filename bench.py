@@ -10,7 +10,6 @@
 Each row: name, seconds (median), ratio, and what it is a ratio to.
 """
 
-import argparse
 import functools
 import random
 import statistics
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from captiondata import CaptionDataset, Vocabulary, image_transform, load_image, padded
 from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
-from commandline import add_common_flags, choose_device, provenance, run, set_seed, write_json
+from commandline import CommandLine, add_common_flags, choose_device, provenance, run, set_seed, write_json
 from encoder import build_encoder
 from evaluation import EXAMINED_AT_ONCE
 from experiments import SUMMARIES, Examiner
@@ -308,7 +307,7 @@ BENCHMARKS = {"explain": bench_explain, "methods": bench_methods, "train": bench
 
 def main():
     """Measure what was asked for and print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("what", choices=(*BENCHMARKS, "all"), help="what to measure")
     parser.add_argument("--repeats", type=int, default=5, help="counted calls of everything (default: %(default)s)")
     parser.add_argument("--json", help="also write the rows to this file")

@@ -7,6 +7,7 @@
 import hashlib
 import struct
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -22,7 +23,8 @@ from featurecache import FeatureReader, features_path
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TOKENIZER = RegexpTokenizer(r"\w+")
-# NLTK's list of English stop words, which wants a download there.
+# NLTK's list of English stop words, which wants a download there: its 179 words of before 2024. The 198 of later add nothing but
+# contractions such as "they're", which `tokenize` takes apart.
 STOP_WORDS = frozenset("""
 i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself yourselves he him his himself she she's her
 hers herself it it's its itself they them their theirs themselves what which who whom this that that'll these those am is are was
@@ -58,6 +60,11 @@ class Vocabulary:
         kept = [word for word, count in counts.items() if count >= min_word_freq]
         return cls(["<pad>", *kept, "<unk>", "<start>", "<end>"])
 
+    @property
+    def kept(self):
+        """The words of the captions, without the four that stand for something else."""
+        return self.words[1:-3]
+
     def __len__(self):
         return len(self.words)
 
@@ -86,7 +93,10 @@ class Vocabulary:
     def load(cls, path):
         """Read what `save` wrote; UserError if `path` is missing or holds no vocabulary."""
         words = read_json(path)
-        return cls(words if isinstance(words, list) else [])
+        try:
+            return cls(words if isinstance(words, list) and all(isinstance(word, str) for word in words) else [])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
 
 def padded(captions):
@@ -102,9 +112,23 @@ def load_image(path):
 
     UserError naming the file if it is missing, truncated or not an image.
     """
+    with opened_image(path) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def image_size(path):
+    """(width, height) in pixels as `load_image` returns it; reads the header only. UserError as there."""
+    with opened_image(path) as image:
+        sideways = image.getexif().get(0x0112, 1) >= 5  # 0x0112: orientation
+        return image.size[::-1] if sideways else image.size
+
+
+@contextmanager
+def opened_image(path):
+    """The image in `path` as PIL opens it; whatever goes wrong with it is a UserError naming the file."""
     try:
         with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except FileNotFoundError:
         raise UserError(f"there is no image {path}") from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
@@ -137,19 +161,31 @@ def files_hash(entries):
     return hashlib.sha256("\n".join(entry["file"] for entry in entries).encode()).hexdigest()[:16]
 
 
-def load_regions(path, count=36):
-    """Bottom-up features of one image, in the original's HDF5 format: features float32 (count, D), padded with zeros, and
+def regions_path(folder, split, file):
+    """Where the bottom-up features of an image lie; `file` is that of its entry."""
+    return Path(folder) / split / f"{Path(file).name}.hdf5"
+
+
+def load_regions(path, count=36, channels=2048):
+    """Bottom-up features of one image, in the original's HDF5 format: features float32 (count, channels), padded with zeros, and
     boxes (n, 4) of the n <= count real regions, x1 y1 x2 y2 in pixels. UserError naming the file if it holds none."""
     try:
         with h5py.File(path, "r") as file:
             features, boxes = (torch.from_numpy(file[name][:]).float() for name in ("image_features", "image_boxes"))
     except FileNotFoundError:
         raise UserError(f"there is no file {path} of region features") from None
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # what is no array has no [:]
         raise UserError(f"{path} does not hold image_features and image_boxes ({error})") from None
-    if features.dim() != 2 or not 1 <= len(features) <= count or boxes.shape != (len(features), 4):
-        raise UserError(f"{path}: expected 1 to {count} regions with a box each, not features {tuple(features.shape)}")
+    if features.shape[1:] != (channels,) or not 1 <= len(features) <= count or boxes.shape != (len(features), 4):
+        shapes = f"features {tuple(features.shape)} and boxes {tuple(boxes.shape)}"
+        raise UserError(f"{path}: expected 1 to {count} regions of {channels} numbers with a box each, not {shapes}")
+    if not (features.isfinite().all() and boxes.isfinite().all()):
+        raise UserError(f"{path} holds numbers that are not finite; extract its features again")
     return torch.cat([features, features.new_zeros(count - len(features), features.shape[1])]), boxes
+
+
+def _is_info(info):
+    return isinstance(info["splits"], dict) and isinstance(info["max_length"], int) and {"name", "images_root", "categories"} <= info.keys()
 
 
 class CaptionDataset(Dataset):
@@ -170,10 +206,12 @@ class CaptionDataset(Dataset):
         if not (self.folder / "info.json").exists():
             raise UserError(f"{folder} is not a prepared dataset; run: python preparedataset.py --output {folder} ...")
         self.info = read_json(self.folder / "info.json")
+        self._require(_is_info, self.info, "info.json")
         if split not in self.info["splits"]:
             raise UserError(f"{folder} has no split '{split}'; it has: {', '.join(self.info['splits'])}")
         self.vocabulary = Vocabulary.load(self.folder / "vocabulary.json")
         self.entries = read_json(self.folder / f"{split}.json")
+        self._require(self._are_entries, self.entries, f"{split}.json")
         self.augmentation_seed, self.epoch = None, 0  # with a seed, the transform's randomness depends on seed, epoch and index only
         self._readers = [self._reader(version) for version in range(versions + 1)] if features else []
         self._memory = None
@@ -184,6 +222,24 @@ class CaptionDataset(Dataset):
 
     def __getitem__(self, index):
         return (self._row(index) if self.features else self._pixels(index)), self.captions(index), index
+
+    def _require(self, test, content, file):
+        """UserError unless the content of a file passes, which it does not if it was edited or copied from another preparation."""
+        try:
+            sound = test(content)
+        except (TypeError, KeyError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise UserError(f"{self.folder / file} is damaged or of another preparation than its neighbours; run preparedataset.py again")
+
+    def _are_entries(self, entries):
+        """Whether there are as many as info.json says, of words that the vocabulary has."""
+        size, longest = len(self.vocabulary), self.info["max_length"]
+        return len(entries) == self.info["splits"][self.split] and all(
+            isinstance(entry["file"], str) and isinstance(entry["objects"], list) and all(isinstance(caption, str) for caption in entry["captions"])
+            and len(entry["encoded"]) == 5 and all(len(ids) <= longest and 0 <= min(ids) and max(ids) < size for ids in entry["encoded"])
+            for entry in entries
+        )  # fmt: skip
 
     def captions(self, index):
         """The five encoded captions of an image: long (5, max_length + 2)."""
@@ -206,7 +262,7 @@ class CaptionDataset(Dataset):
 
     def _pixels(self, index):
         if self.regions:
-            return load_regions(Path(self.regions) / self.split / f"{Path(self.entries[index]['file']).name}.hdf5")[0]
+            return load_regions(regions_path(self.regions, self.split, self.entries[index]["file"]))[0]
         image = self.image(index)
         if self.transform is None:
             return v2.functional.pil_to_tensor(image) / 255

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import decoding
 from captiondata import Vocabulary, padded
-from commandline import UserError, write_atomically
+from commandline import UserError, write_tensors
 from encoder import ENCODERS, Encoder
 from gradient_utils import GuidedReLU, attention_map, grad_cam, gradient, guided_grad_cam, input_x_gradient
 from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient
@@ -408,8 +408,7 @@ class Captioner(nn.Module):
             "state_dict": self.state_dict(),
             **extra,
         }
-        with write_atomically(path) as temporary:
-            torch.save(checkpoint, temporary)
+        write_tensors(path, checkpoint)
 
 
 def _widened(parts):

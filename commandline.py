@@ -3,6 +3,7 @@
 A script ends with `run(main)`; a mistake of its user is raised as `UserError` anywhere below and becomes one line and exit code 2.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -24,20 +25,38 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call `main()`; print a UserError as one line on stderr and exit with 2, an interruption with 130."""
+    """Call `main()`; print a UserError, or an OSError (a full disk, a folder that cannot be written), as one line on stderr and
+    exit with 2, an interruption with 130."""
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        message = (str(error) or repr(error)).splitlines()[-1]
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose complaints are one line too, without the usage: that of a script of ours fills the screen."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def random_seed(text):
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
+    return int(text)
+
+
 def add_common_flags(parser, seed=0):
     """Give an argparse parser the flags that all commands understand alike: --device and --seed."""
     parser.add_argument("--device", help="where to compute, e.g. cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
-    parser.add_argument("--seed", type=int, default=seed, help="the one source of randomness (default: %(default)s)")
+    parser.add_argument("--seed", type=random_seed, default=seed, help="the one source of randomness (default: %(default)s)")
 
 
 def choose_device(name=None):
@@ -72,6 +91,15 @@ def write_atomically(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path, value):
+    """Save what `torch.load(weights_only=True)` reads again to `path`, whole or not at all. UserError if there is no room for it."""
+    with write_atomically(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]})") from None
+
+
 def write_json(path, value, indent=1):
     """Write `value` as JSON to `path`, whole or not at all."""
     with write_atomically(path) as temporary:
@@ -79,13 +107,13 @@ def write_json(path, value, indent=1):
 
 
 def read_json(path):
-    """The JSON in `path`; UserError if it is missing or is not JSON."""
+    """The JSON in `path`, UTF-8 or UTF-16; UserError if it is missing or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (ValueError, IsADirectoryError):
-        raise UserError(f"{path} is not a JSON file") from None
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise UserError(f"{path} is not a JSON file, or is cut off ({error})") from None
 
 
 def file_hash(path):

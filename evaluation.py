@@ -11,7 +11,6 @@ Prints a table and writes it, with the captions, as JSON. A metric that lacks a 
 reason and the command that mends it. What the experiments find is kept image by image, so that an interrupted run goes on.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from captiondata import CaptionDataset, files_hash, image_transform, padded
 from captioner import METHODS, evaluating, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
 from commandline import (
-    UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
+    CommandLine, UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
 )  # fmt: skip
 from decoding import add_decoding_flags, decoding_options
 from experiments import SUMMARIES, THRESHOLDS, Examiner
@@ -140,7 +139,7 @@ def read_predictions(path):
 def sentences_of(path):
     """{image id: raw captions} of a COCO captions file."""
     sentences = {}
-    for annotation in read_coco_json(Path(path), "captions", {"image_id", "caption"})["annotations"]:
+    for annotation in read_coco_json(Path(path), "captions")["annotations"]:
         sentences.setdefault(annotation["image_id"], []).append(annotation["caption"])
     return sentences
 
@@ -151,8 +150,8 @@ def read_instances(args, keys):
     path = args.instances or Path(args.annotations).with_name(Path(args.annotations).name.replace("captions", "instances"))
     if not args.instances and (not path.is_file() or path == Path(args.annotations)):
         return None, {}
-    data = read_coco_json(Path(path), "instances", {"image_id", "category_id"})
-    names = {category["id"]: category["name"] for category in data.get("categories", [])}
+    data = read_coco_json(Path(path), "instances")
+    names = {category["id"]: category["name"] for category in data["categories"]}
     annotated = {image["id"]: set() for image in data["images"]}
     for annotation in data["annotations"]:
         annotated[annotation["image_id"]].add(names[annotation["category_id"]])
@@ -255,7 +254,7 @@ def correctness_figure(rows):
 
 def build_parser():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     flag = parser.add_argument
     flag("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
     flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")

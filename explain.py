@@ -11,7 +11,6 @@ For each image and method it writes NAME-METHOD.png (a figure), .npz (the releva
 several methods also NAME-methods.png.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 import distributed
 from captiondata import image_transform, load_image, load_regions, tokenize
 from captioner import METHODS, load_captioner
-from commandline import UserError, add_common_flags, provenance, run, set_seed, write_atomically, write_json
+from commandline import CommandLine, UserError, add_common_flags, provenance, run, set_seed, write_atomically, write_json
 from decoding import add_decoding_flags, decoding_options
 
 EXPLAINED_AT_ONCE = 8  # images
@@ -147,7 +146,7 @@ def write_explanation(stem, image, explanation, about):
 
 def build_parser():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["lrp"], help="how to explain (default: lrp)")

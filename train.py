@@ -35,7 +35,7 @@ import distributed
 from captiondata import CaptionDataset, image_transform
 from captioner import DROPOUTS, MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
 from captionmetrics import caption_metrics
-from commandline import UserError, add_common_flags, provenance, run, set_seed, write_atomically
+from commandline import CommandLine, UserError, add_common_flags, provenance, run, set_seed, write_atomically
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder
 from evaluation import dataset_folder, decode_split
@@ -81,6 +81,11 @@ FLICKR_ITERATIONS = 320
 PLATEAU_FLOOR = 2e-5  # the lowest learning rate
 MEMORY_SHARE = 0.7  # of a GPU's free memory, or of all of the machine's, for cached features
 CHECK_EVERY = 50  # steps after which the losses are looked at; looking waits for the GPU
+LIMITS = {  # of the flags, both included
+    **dict.fromkeys(("epochs", "batch_size", "embed_dim", "hidden_dim", "num_head", "max_iterations", "checkpoint_every", "samples", "plateau_patience"), (1, math.inf)),
+    **dict.fromkeys(("pretrain_epochs", "workers", "decoder_lr", "encoder_lr", "grad_clip", "grad_norm", "bleu_weight"), (0, math.inf)),
+    **dict.fromkeys((*DROPOUTS, "ss_prob", "lrp_lambda", "plateau_factor", "adam_beta1"), (0, 1)), "captions_per_image": (1, 5),
+}  # fmt: skip
 
 
 def object_targets(dataset):
@@ -183,7 +188,7 @@ def cache_in_memory(datasets, device):
 
 def check_cache(dataset, encoder):
     """UserError if the cached features are not those of this encoder's weights."""
-    if dataset.features and dataset.features_attributes["weights_hash"] != encoder.weights_hash():
+    if dataset.features and dataset.features_attributes.get("weights_hash") != encoder.weights_hash():
         raise UserError(f"the cached {encoder.name} features come from other weights; give the same --encoder_weights")
 
 
@@ -390,7 +395,7 @@ def restore(checkpoint, captioner, optimizer, scheduler):
 
 def build_parser(defaults):
     """The command line, with the defaults of a preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     flag = parser.add_argument
     flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
     flag("--preset", choices=PRESETS, help="a set of defaults (default: scenes for the scenes, else paper)")
@@ -445,7 +450,7 @@ def build_parser(defaults):
 
 def parse_arguments(arguments=None):
     """The flags, with the defaults of preset and mode where nothing is given."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = CommandLine(add_help=False)
     first.add_argument("--dataset", default="scenes")
     first.add_argument("--preset", choices=PRESETS)
     first.add_argument("--model_type", choices=MODELS, default="gridtd")
@@ -471,11 +476,12 @@ def parse_arguments(arguments=None):
 def check_arguments(args):
     """UserError for values that make no sense, told before anything is read."""
     decoding_options(args)
-    for name in ("epochs", "batch_size", "captions_per_image", "checkpoint_every", "samples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if not 0 <= args.lrp_lambda <= 1:
-        raise UserError("--lrp_lambda must be between 0 and 1")
+    for name, (least, most) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} must be at least {least}{f' and at most {most}' if most < math.inf else ''}, not {value}")
+    if Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is a folder; give the name of a .pt file")
     if args.scst_baseline == "others" and args.samples < 2:
         raise UserError("--scst_baseline others needs at least 2 --samples")
 

@@ -9,7 +9,6 @@ decoders. The learning rate of LRP-inference is chosen on the val split (grid-TD
 Tested on 500 scenes in which planted pairs are as frequent as in training, and 500 in which the second object comes by chance.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -23,7 +22,7 @@ import torch
 from captiondata import CaptionDataset
 from captioner import load_captioner
 from captionmetrics import frequent_words, measure
-from commandline import UserError, provenance, read_json, run, write_json
+from commandline import CommandLine, UserError, provenance, read_json, run, write_json
 from evaluation import captions_of, decode_split
 from featurecache import features_path
 
@@ -165,7 +164,7 @@ def results_of(model, setting, seeds, test):
 
 def main():
     """Train what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: %(default)s)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="captioners; the pilot is of gridtd (default: all)")
     parser.add_argument("--without", nargs="+", choices=SETTINGS, default=[], help="settings to leave out")

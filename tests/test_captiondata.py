@@ -6,10 +6,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from nltk.corpus import stopwords
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from captiondata import CaptionDataset, Vocabulary, files_hash, image_transform, load_image, tokenize
+from captiondata import STOP_WORDS, CaptionDataset, Vocabulary, files_hash, image_transform, load_image, tokenize
 from commandline import UserError, write_json
 from featurecache import features_path, lay_out, versions_of, write_rows
 
@@ -27,7 +28,7 @@ def prepared(folder, n=4, side=12):
                         "encoded": [[1], [1, 2], [2], [2, 1, 1], [1]], "objects": []})
     Vocabulary(["<pad>", "a", "dog", "<unk>", "<start>", "<end>"]).save(folder / "vocabulary.json")
     write_json(folder / "train.json", entries)
-    write_json(folder / "info.json", {"name": "tiny", "images_root": "images", "max_length": 3, "splits": {"train": n}})
+    write_json(folder / "info.json", {"name": "tiny", "images_root": "images", "max_length": 3, "splits": {"train": n}, "categories": {}})
     return folder
 
 
@@ -45,6 +46,15 @@ def cache(folder, split="train", done=True, files=None, version=0):
 def test_tokenize_lowers_and_splits_at_punctuation():
     assert tokenize("A man's RED hat, well-worn.") == ["a", "man", "s", "red", "hat", "well", "worn"]
     assert tokenize(" .!? ") == []
+
+
+def test_stop_words_are_nltks():
+    """Newer lists have more contractions; no word of a tokenised caption has an apostrophe."""
+    try:
+        theirs = {word for word in stopwords.words("english") if "'" not in word}
+    except LookupError:
+        pytest.skip("NLTK's data is not here: python -m nltk.downloader stopwords")
+    assert theirs == {word for word in STOP_WORDS if "'" not in word}
 
 
 def test_vocabulary_keeps_first_seen_order_and_drops_rare_words():
