@@ -3,6 +3,7 @@
     python bench.py explain              # an explained caption against the passes through VGG16 that it cannot do without
     python bench.py methods              # every method and captioner against one plain forward and backward
     python bench.py train                # training steps, what fine-tuning adds, and SCST's reward
+    python bench.py train --preset coco  # training at COCO's size from cached features: images/s, memory, waiting for data
     python bench.py decode               # captioning in batches against one image at a time
     python bench.py evaluate             # the paper's experiments, an image
     python bench.py all --json bench.json
@@ -23,17 +24,19 @@ from PIL import Image
 from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader
 
-from captiondata import CaptionDataset, Vocabulary, image_transform, load_image, padded
+from captiondata import CaptionDataset, Vocabulary, files_hash, image_transform, load_image, padded
 from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
-from commandline import CommandLine, add_common_flags, choose_device, provenance, run, set_seed, write_json
+from commandline import CommandLine, UserError, add_common_flags, choose_device, provenance, run, set_seed, write_json
 from encoder import build_encoder
 from evaluation import EXAMINED_AT_ONCE
 from experiments import SUMMARIES, Examiner
+from featurecache import features_path, lay_out, write_rows
 from objectives import CrossEntropy, ImageLRPInference, LRPInference
-from preparedataset import prepare
+from preparedataset import COCO_TRAIN, prepare
 from pycocoevalcap.chair.chair import object_phrases
 from pycocoevalcap.ciderd.ciderd import CiderD
 from scenes import write_scenes
+from train import PAPER, TrainingStep, build_optimizer, clip, parse_arguments
 
 WORDS = 10  # words of the explained caption
 VOCABULARY = 10_000
@@ -47,18 +50,27 @@ def seconds(functions, device, repeats):
         for name, function in functions.items():
             started = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first call warms up
 
 
+def synchronize(device):
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench_vocabulary():
+    """A vocabulary of the size of COCO's."""
+    return Vocabulary(["<pad>", *(f"word{index}" for index in range(VOCABULARY - 4)), "<unk>", "<start>", "<end>"])
+
+
 def random_captioner(device, **config):
-    """A captioner with random weights and a vocabulary of the size of COCO's; speed does not depend on either."""
-    words = [f"word{index}" for index in range(VOCABULARY - 4)]
-    vocabulary = Vocabulary(["<pad>", *words, "<unk>", "<start>", "<end>"])
+    """A captioner with random weights and its words; speed does not depend on either."""
+    vocabulary = bench_vocabulary()
     config = CaptionerConfig(**config)
-    return build_captioner(config, vocabulary, build_encoder(config.encoder, "random")).to(device).eval(), words
+    return build_captioner(config, vocabulary, build_encoder(config.encoder, "random")).to(device).eval(), vocabulary.words[1:-3]
 
 
 def write_photograph(folder):
@@ -132,6 +144,76 @@ def forward_and_backward(captioner, images, targets):
 def bench_train(device, repeats):
     """Training steps: the multi-head captioner all words at once against word by word, and what fine-tuning adds."""
     return bench_steps(device, repeats) + bench_inference(device, repeats) + bench_image_inference(device) + bench_reward(device, repeats)
+
+
+def bench_coco(device, repeats):
+    """Training at COCO's size, by VGG16's cached features and 32 images x 5 captions a step, of every captioner: from the file by
+    DataLoader's workers, against the same batches at hand, which shows how long the device waits for data. Features and captions
+    are random, with the shapes of the real ones (captions of 8 to 20 words, 12 in the mean)."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_dataset(Path(folder), (repeats + 1) * PAPER["batch_size"])
+        for model_type in MODELS:
+            rows += coco_rows(folder, model_type, device)
+    return rows
+
+
+def coco_rows(folder, model_type, device):
+    """The rows of one captioner: one pass over the dataset in `folder`, then once more with its batches at hand."""
+    args = parse_arguments(["--preset", "paper", "--model_type", model_type, *(["--bfloat16"] if device.type == "cuda" else [])])
+    captioner, _ = random_captioner(device, encoder="vgg16", model_type=model_type)
+    captioner.encoder.requires_grad_(False)
+    optimizer, _ = build_optimizer(captioner.train(), args, 1)
+    step = TrainingStep(captioner, CrossEntropy(captioner), True, args.bfloat16)
+    dataset = CaptionDataset(folder, "train", features="vgg16")
+    loader = DataLoader(dataset, args.batch_size, num_workers=args.workers, pin_memory=device.type == "cuda")
+    kept = [(inputs.to(device), captions, indices) for inputs, captions, indices in loader]
+
+    def epoch(batches):
+        """Seconds a step, without the first, which warms up."""
+        for count, (inputs, *rest) in enumerate(batches):
+            loss, _ = step(inputs.to(device, non_blocking=True), *rest)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            clip(optimizer, args)
+            optimizer.step()
+            if count == 0:
+                synchronize(device)
+                started = time.perf_counter()
+        synchronize(device)
+        return (time.perf_counter() - started) / count
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    at_hand, from_file = epoch(kept), epoch(loader)
+    against = f"{model_type}: a step of COCO's size, 32 images x 5 captions, batches at hand"
+    numbers = {
+        "images/s": args.batch_size / from_file,
+        "captions/s": 5 * args.batch_size / from_file,
+        "hours for an epoch of 110,000 images": COCO_TRAIN / args.batch_size * from_file / 3600,
+        "share of time waiting for data": max(0.0, 1 - at_hand / from_file),
+    }
+    if device.type == "cuda":
+        numbers["GPU memory, GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return [
+        {"name": against, "seconds": at_hand, "ratio": None, "against": None},
+        {**row(f"{model_type}: the same from the feature file", from_file, at_hand, against), "numbers": numbers},
+    ]
+
+
+def write_random_dataset(folder, images):
+    """A prepared dataset of random captions and random features of VGG16's shape, the bench's vocabulary, and no image."""
+    chooser, noise = random.Random(0), np.random.default_rng(0)
+    captions = [[[chooser.randrange(1, VOCABULARY - 3) for _ in range(min(20, 8 + int(chooser.expovariate(1 / 4))))] for _ in range(5)] for _ in range(images)]
+    entries = [{"image_id": k, "file": f"{k}", "captions": ["random"] * 5, "encoded": encoded, "objects": []} for k, encoded in enumerate(captions)]
+    bench_vocabulary().save(folder / "vocabulary.json")
+    write_json(folder / "train.json", entries)
+    write_json(folder / "info.json", {"name": "random", "images_root": ".", "max_length": 20, "splits": {"train": images}, "categories": {}, "planted_pairs": []})
+    path, shape = features_path(folder, "vgg16"), (196, 512)
+    lay_out(path, {"encoder": "vgg16", "grid": (14, 14)}, {"train": (images, files_hash(entries))}, shape)
+    for start in range(0, images, 32):
+        indices = list(range(start, min(start + 32, images)))
+        write_rows(path, "train", indices, noise.random((len(indices), *shape), np.float32).astype(np.float16))
 
 
 def bench_steps(device, repeats):
@@ -309,17 +391,23 @@ def main():
     """Measure what was asked for and print the rows."""
     parser = CommandLine(description=__doc__)
     parser.add_argument("what", choices=(*BENCHMARKS, "all"), help="what to measure")
+    parser.add_argument("--preset", choices=("coco",), help="for train: training at COCO's size (default: single steps and their parts)")
     parser.add_argument("--repeats", type=int, default=5, help="counted calls of everything (default: %(default)s)")
     parser.add_argument("--json", help="also write the rows to this file")
     add_common_flags(parser)
     args = parser.parse_args()
     set_seed(args.seed)
     device = choose_device(args.device)
+    if args.preset and args.what != "train":
+        raise UserError(f"--preset {args.preset} goes with train")
     names = BENCHMARKS if args.what == "all" else [args.what]
-    rows = [row for name in names for row in BENCHMARKS[name](device, args.repeats)]
+    benchmarks = [bench_coco] if args.preset else [BENCHMARKS[name] for name in names]
+    rows = [row for benchmark in benchmarks for row in benchmark(device, args.repeats)]
     for result in rows:
         ratio = f"   {result['ratio']:.2f} x {result['against']}" if result["ratio"] else ""
         print(f"{result['name']:58s} {result['seconds']:9.3f} s{ratio}")
+        for name, value in result.get("numbers", {}).items():
+            print(f"    {name:54s} {value:9.3f}")
     if args.json:
         write_json(args.json, {**provenance(args.seed), "device": str(device), "threads": torch.get_num_threads(), "rows": rows})
 

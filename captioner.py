@@ -222,7 +222,7 @@ class Captioner(nn.Module):
                 word_input, state = word_input[:, :captions], tuple(part[:, :captions] for part in state)
             context, hidden, state, *attention = self.step(word_input, state, memory, rules)
             steps.append((context, hidden, *attention))
-        return tuple(None if parts[0] is None else torch.stack(_widened(parts), dim=2) for parts in zip(*steps))
+        return tuple(None if parts[0] is None else torch.stack(widened(parts, embeddings.shape[1]), dim=2) for parts in zip(*steps))
 
     def all_at_once(self, rules):
         """Whether an LSTM that does not wait for the attention may take a whole caption by nn.LSTM. LRP's rules act inside the
@@ -411,10 +411,9 @@ class Captioner(nn.Module):
         write_tensors(path, checkpoint)
 
 
-def _widened(parts):
-    """Tensors (B, n, ...) of falling n, all made as wide as the first by zeros."""
-    widest = parts[0].shape[1]
-    return [torch.cat([part, part.new_zeros(len(part), widest - part.shape[1], *part.shape[2:])], dim=1) for part in parts]
+def widened(parts, width):
+    """Tensors (B, n, ...) of different n, made (B, width, ...) by zeros."""
+    return [torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], dim=1) for part in parts]
 
 
 @contextmanager

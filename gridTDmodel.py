@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captioner import Captioner, StepWeight, lstm_cell, run_lstm
+from captioner import Captioner, StepWeight, lstm_cell, run_lstm, widened
 from lrp_utils import TrueGradient
 
 
@@ -96,20 +96,22 @@ class AdaptiveCaptioner(AdaptiveAttention):
         return context, hidden, (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
 
     def unroll(self, embeddings, memory, rules=TrueGradient, lengths=None):
-        """As Captioner.unroll. Nothing of the attention goes back into the LSTM, so all steps can be taken at once; tanh of the
-        cell, which nn.LSTM keeps to itself, is h over the output gate."""
+        """As Captioner.unroll. Nothing of the attention goes back into the LSTM, so all steps of a caption can be taken at once; tanh
+        of the cell, which nn.LSTM keeps to itself, is h over the output gate."""
         if not self.all_at_once(rules):
             return super().unroll(embeddings, memory, rules, lengths)
         batch, captions, steps, _ = embeddings.shape
         image = memory["global"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
         hidden = run_lstm(self.lstm, torch.cat([embeddings, image], dim=-1).flatten(0, 1), lengths)  # (B*N, T, H)
         before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
-        hidden, before = (part.reshape(batch, captions * steps, -1) for part in (hidden, before))
-        gates = self.word_inputs(embeddings.flatten(1, 2), memory) + memory["image_gates"] + F.linear(before, memory["weights"]["recurrent"])
+        hidden, before = (part.unflatten(0, (batch, captions)) for part in (hidden, before))
+        gates = self.word_inputs(embeddings, memory) + memory["image_gates"].unsqueeze(1) + F.linear(before, memory["weights"]["recurrent"])
         output_gate, sentinel_gate = torch.sigmoid(gates[..., -2 * self.config.hidden_dim :]).chunk(2, dim=-1)
-        context, alpha, beta = self._attend(hidden, sentinel_gate * hidden / output_gate, memory, rules)
-        parts = context, hidden, alpha.unsqueeze(-2), beta.squeeze(-1)
-        return tuple(part.unflatten(1, (captions, steps)) for part in parts)
+        sentinel = sentinel_gate * hidden / output_gate
+        longest = [steps] * captions if lengths is None else lengths.amax(dim=0).tolist()
+        attended = [self._attend(hidden[:, n, :length], sentinel[:, n, :length], memory, rules) for n, length in enumerate(longest)]
+        context, alpha, beta = (torch.stack(widened(parts, steps), dim=1) for parts in zip(*attended))
+        return context, hidden, alpha.unsqueeze(-2), beta.squeeze(-1)
 
 
 class GridTDCaptioner(AdaptiveAttention):

@@ -29,7 +29,7 @@ from captiondata import (
 )  # fmt: skip
 from commandline import (
     CommandLine, UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json,
-    write_tensors
+    write_tensors,
 )  # fmt: skip
 from encoder import build_encoder
 from featurecache import encoder_path, features_path, lay_out, missing_rows, write_rows
