@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(RUN) explain.py data/demo/*.jpg
 
 test: .venv/installed
-	$(RUN) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
 
 # By Maven; without it by pycocoevalcap's own downloader, whose result needs a Java that still has JavaScript (8 to 14).
 spice: .venv/installed

@@ -165,9 +165,9 @@ class _OneStep(torch.autograd.Function):
 
 
 def run_lstm(lstm, inputs, lengths=None):
-    """nn.LSTM over sequences (M, T, I) -> its h (M, T, H); lengths: M numbers of any shape, on the CPU, of the inputs that count,
-    after which h is zero and is not computed."""
-    if lengths is None:
+    """nn.LSTM over sequences (M, T, I) -> its h (M, T, H); lengths: M numbers of any shape, on the CPU, of the inputs that count:
+    on a CPU h after them is zero and is not computed. Packing would make a GPU wait."""
+    if lengths is None or inputs.is_cuda:
         return lstm(inputs)[0]
     packed = pack_padded_sequence(inputs, lengths.flatten().clamp(min=1), batch_first=True, enforce_sorted=False)
     return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=inputs.shape[1])[0]

@@ -41,8 +41,9 @@ class TeacherForcing:
 
     def __init__(self, inputs, targets, pad, device):
         mask = targets != pad
-        self.inputs, self.lengths = inputs.to(device), mask.sum(-1).cpu()
-        self.rows, self.targets = (part.to(device) for part in (mask.flatten().nonzero().flatten(), targets[mask]))
+        self.lengths = mask.sum(-1).cpu()
+        parts = inputs, mask.flatten().nonzero().flatten(), targets[mask]
+        self.inputs, self.rows, self.targets = (part.to(device, non_blocking=True) for part in parts)
 
     def pick(self, *parts):
         """Parts (B, N, T, H) -> (M, H) each."""
@@ -50,10 +51,10 @@ class TeacherForcing:
 
 
 class CrossEntropy:
-    """The cross-entropy of the five captions, with scheduled sampling if asked for."""
+    """The cross-entropy of the five captions, with scheduled sampling and label smoothing if asked for."""
 
-    def __init__(self, captioner, captions_per_image=5, ss_prob=0.0):
-        self.captioner, self.captions_per_image, self.ss_prob = captioner, captions_per_image, ss_prob
+    def __init__(self, captioner, captions_per_image=5, ss_prob=0.0, label_smoothing=0.0):
+        self.captioner, self.captions_per_image, self.ss_prob, self.label_smoothing = captioner, captions_per_image, ss_prob, label_smoothing
         self.pad = captioner.vocabulary.pad
 
     def words(self, captions):
@@ -67,7 +68,7 @@ class CrossEntropy:
 
     def losses(self, words, parts):
         """Cross-entropy (M,) in nats of the target words, from parts context and hidden (M, H)."""
-        return F.cross_entropy(precise(self.captioner.last_layer(*parts)), words.targets, reduction="none")
+        return F.cross_entropy(precise(self.captioner.last_layer(*parts)), words.targets, reduction="none", label_smoothing=self.label_smoothing)
 
 
 def quiet_words(vocabulary):

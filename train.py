@@ -18,6 +18,7 @@ a line of checkpoints/NAME.jsonl and a curve in checkpoints/NAME.training.png.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -48,7 +49,8 @@ from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference
 PAPER = {
     "encoder": "vgg16", "embed_dim": 512, "hidden_dim": 512, "dropout": 0.5, "epochs": 20, "batch_size": 32, "decoder_lr": 5e-4,
     "encoder_lr": 1e-4, "schedule": "plateau", "augment": True, "pretrain_epochs": 0, "embed_dropout": 0.0, "region_dropout": 0.0,
-    "attention_dropout": 0.1, "plateau_factor": 0.8, "plateau_patience": 2, "adam_beta1": 0.8, "grad_clip": 0.1,
+    "attention_dropout": 0.1, "plateau_factor": 0.8, "plateau_patience": 2, "adam_beta1": 0.8, "grad_clip": 0.1, "ema_decay": 0.0,
+    "label_smoothing": 0.0,
 }  # fmt: skip
 PRESETS = {
     "paper": PAPER,
@@ -76,7 +78,9 @@ TUNING = {
     "cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
     "lrp_cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
 }
-TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {"epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0}
+TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {
+    "epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0, "ema_decay": 0.0, "label_smoothing": 0.0,
+}  # fmt: skip
 FLICKR_ITERATIONS = 320
 PLATEAU_FLOOR = 2e-5  # the lowest learning rate
 MEMORY_SHARE = 0.7  # of a GPU's free memory, or of all of the machine's, for cached features
@@ -84,7 +88,7 @@ CHECK_EVERY = 50  # steps after which the losses are looked at; looking waits fo
 LIMITS = {  # of the flags, both included
     **dict.fromkeys(("epochs", "batch_size", "embed_dim", "hidden_dim", "num_head", "max_iterations", "checkpoint_every", "samples", "plateau_patience"), (1, math.inf)),
     **dict.fromkeys(("pretrain_epochs", "workers", "decoder_lr", "encoder_lr", "grad_clip", "grad_norm", "bleu_weight"), (0, math.inf)),
-    **dict.fromkeys((*DROPOUTS, "ss_prob", "lrp_lambda", "plateau_factor", "adam_beta1"), (0, 1)), "captions_per_image": (1, 5),
+    **dict.fromkeys((*DROPOUTS, "ema_decay", "label_smoothing", "ss_prob", "lrp_lambda", "plateau_factor", "adam_beta1"), (0, 1)), "captions_per_image": (1, 5),
 }  # fmt: skip
 
 
@@ -151,7 +155,7 @@ def build_optimizer(captioner, args, steps):
 def build_objective(captioner, dataset, args):
     """What the mode minimises; see objectives.py."""
     if args.mode == "cross_entropy" or args.mode == "lrp_tune" and args.lrp_lambda == 1:
-        return CrossEntropy(captioner, args.captions_per_image, args.ss_prob)
+        return CrossEntropy(captioner, args.captions_per_image, args.ss_prob, args.label_smoothing)
     if args.mode == "lrp_tune":
         form = ImageLRPInference if args.lrp_form == "image" else LRPInference
         return form(captioner, args.captions_per_image, args.lrp_lambda)
@@ -215,6 +219,33 @@ class TrainingStep(nn.Module):
             return self.objective(inputs, inputs.float() if self.cached else self.captioner.encoder(inputs), captions, indices)
 
 
+class WeightAverage:
+    """The exponential moving average of a captioner's weights, which captions better than the last of them: `captioner`, the same
+    object where decay is 0. It forgets faster at first, when there is little worth remembering."""
+
+    def __init__(self, captioner, decay):
+        self.source, self.decay = captioner, decay
+        self.captioner = copy.deepcopy(captioner).requires_grad_(False) if decay else captioner
+
+    @torch.no_grad()
+    def update(self, steps):
+        """Take in the weights after so many steps."""
+        if self.decay:
+            weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_(list(self.captioner.parameters()), list(self.source.parameters()), weight)
+            for own, new in zip(self.captioner.buffers(), self.source.buffers()):
+                own.copy_(new)
+
+    def state_dict(self):
+        """The average alone; nothing where there is none."""
+        return self.captioner.state_dict() if self.decay else {}
+
+    def load_state_dict(self, state):
+        """Put back what `state_dict` gave."""
+        if self.decay:
+            self.captioner.load_state_dict(state)
+
+
 class Progress:
     """How far a training has come; with the states of model, optimizer and schedule it is a checkpoint that a killed training goes
     on from to the same end.
@@ -260,10 +291,11 @@ def fit(captioner, train_set, val_set, args):
     and figures as we go. UserError if the loss stops being finite."""
     output, objective = Path(args.output), build_objective(captioner, train_set, args)
     optimizer, scheduler = build_optimizer(captioner, args, args.epochs * max(1, len(train_set) // args.batch_size))
+    average = WeightAverage(captioner, args.ema_decay)
     step = TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16)
     progress = Progress()
     if args.resume and is_of_this_training(args):
-        progress = restore(read_checkpoint(args.resume), captioner, optimizer, scheduler)
+        progress = restore(read_checkpoint(args.resume), captioner, average, optimizer, scheduler)
     elif args.mode != "cross_entropy":
         progress.history.append({"epoch": 0, "iterations": 0, **validate(captioner, val_set, objective, args)})
         show(progress.history[-1])
@@ -271,7 +303,7 @@ def fit(captioner, train_set, val_set, args):
     for stale in output.parent.glob(f".{output.stem}.*") if distributed.is_main() else ():
         stale.unlink()  # of a training killed while it wrote
 
-    def save(path, **extra):
+    def save(captioner, path, **extra):
         metrics = progress.history[-1] if progress.history else {}
         about = {"dataset": val_set.info["name"], "val": metrics, "epoch": progress.epoch, "mode": args.mode, "provenance": provenance(args.seed)}
         if distributed.is_main():
@@ -279,19 +311,19 @@ def fit(captioner, train_set, val_set, args):
 
     def save_last():
         progress.look()
-        training = {**progress.state(), "mode": args.mode, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        save(output.with_suffix(".last.pt"), training=training)
+        states = {name: part.state_dict() for name, part in (("average", average), ("optimizer", optimizer), ("scheduler", scheduler))}
+        save(captioner, output.with_suffix(".last.pt"), training={**progress.state(), "mode": args.mode, **states})
 
     while progress.epoch <= args.epochs and progress.iterations < (args.max_iterations or float("inf")):
         started = time.perf_counter()
-        train_epoch(step, train_set, optimizer, scheduler, progress, args, save_last)
-        metrics = validate(captioner, val_set, objective, args)
+        train_epoch(step, train_set, average, optimizer, scheduler, progress, args, save_last)
+        metrics = validate(average.captioner, val_set, objective, args)
         if args.schedule == "plateau":
             scheduler.step(metrics["CIDEr"])
         show(progress.finish_epoch(metrics, time.perf_counter() - started))
         if metrics["CIDEr"] > progress.best or args.mode != "cross_entropy":
             progress.best = metrics["CIDEr"]
-            save(output)
+            save(average.captioner, output)
         save_last()
         if distributed.is_main():
             write_history(output, progress.history)
@@ -306,7 +338,7 @@ def epoch_batches(images, batch_size, seed, epoch):
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
 
 
-def train_epoch(step, dataset, optimizer, scheduler, progress, args, save_last):
+def train_epoch(step, dataset, average, optimizer, scheduler, progress, args, save_last):
     """What is left of an epoch, counted in `progress`; `save_last()` every args.checkpoint_every steps.
 
     Of each batch every process takes its share. Random numbers depend on nothing but seed, step and process, so that a step can be
@@ -328,6 +360,7 @@ def train_epoch(step, dataset, optimizer, scheduler, progress, args, save_last):
         loss.backward()
         clip(optimizer, args)
         optimizer.step()
+        average.update(progress.iterations)
         if args.schedule == "cosine":
             scheduler.step()
         progress.add({"loss": loss.detach(), **figures, "words": torch.tensor(float(figures["words"] * distributed.world_size()))})
@@ -379,11 +412,12 @@ def is_of_this_training(args):
     return training is not None and training["mode"] == args.mode
 
 
-def restore(checkpoint, captioner, optimizer, scheduler):
+def restore(checkpoint, captioner, average, optimizer, scheduler):
     """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model."""
     training = checkpoint["training"]
     try:
         captioner.load_state_dict(checkpoint["state_dict"])
+        average.load_state_dict(training["average"])
         optimizer.load_state_dict(training["optimizer"])
         scheduler.load_state_dict(training["scheduler"])
     except (RuntimeError, ValueError, KeyError):
@@ -421,6 +455,8 @@ def build_parser(defaults):
     flag("--max_iterations", type=int, help="stop after so many steps (default: %(default)s)")
     flag("--grad_clip", type=float, help="clamp every gradient to +- this value, 0 for not (default: %(default)s)")
     flag("--grad_norm", type=float, help="scale the gradients down to this norm (default: %(default)s)")
+    flag("--ema_decay", type=float, help="validate and keep the exponential moving average of the weights, 0 for the weights themselves (default: %(default)s)")
+    flag("--label_smoothing", type=float, help="share of the target's probability that goes to all words alike (default: %(default)s)")
     flag("--ss_prob", type=float, default=0.0, help="scheduled sampling: probability of feeding back a predicted word (default: %(default)s)")
     flag("--finetune_encoder", action=argparse.BooleanOptionalAction, default=False, help="train the encoder too (default: %(default)s)")
     flag("--pretrain_epochs", type=int, help="epochs in which the encoder first learns to name the annotated objects (default: %(default)s)")

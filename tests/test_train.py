@@ -11,11 +11,12 @@ from random import Random
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import objectives
 import train
 from captiondata import CaptionDataset, image_transform
-from captioner import load_captioner, read_checkpoint
+from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
 from commandline import UserError
 from preparedataset import cache_features, prepare
 from scenes import write_scenes
@@ -64,11 +65,12 @@ def test_the_same_seed_gives_the_same_captioner(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
 def test_a_resumed_training_ends_like_an_uninterrupted_one(folder, tmp_path, monkeypatch, schedule):
     flags = ["--dataset", folder, *SMALL, "--pretrain_epochs", 1, "--epochs", 3, "--schedule", schedule, "--finetune_encoder"]
+    flags += ["--ema_decay", 0.9] if schedule == "cosine" else []
     run(monkeypatch, *flags, "--output", tmp_path / "whole.pt")
     interrupted = train.train_epoch
 
     def stop_in_the_last_epoch(*arguments):
-        if arguments[4].epoch == 3:
+        if arguments[5].epoch == 3:
             raise KeyboardInterrupt
         return interrupted(*arguments)
 
@@ -79,6 +81,20 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(folder, tmp_path, mon
     run(monkeypatch, *flags, "--output", tmp_path / "parts.pt", "--resume", tmp_path / "parts.last.pt")
     whole, parts = (weights(tmp_path / f"{name}.last.pt") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    averages = [read_checkpoint(tmp_path / f"{name}.last.pt")["training"]["average"] for name in ("whole", "parts")]
+    assert bool(averages[0]) == (schedule == "cosine") and all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
+
+
+def test_the_average_of_the_weights_by_hand():
+    source = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    average, values, expected = train.WeightAverage(source, 0.5), [3.0, -1.0, 4.0, 1.0, 5.0], source.weight.item()
+    for steps, value in enumerate(values * 5):
+        source.weight.fill_(value)
+        average.update(steps)
+        decay = min(0.5, (1 + steps) / (10 + steps))
+        expected = decay * expected + (1 - decay) * value
+    assert average.captioner.weight.item() == pytest.approx(expected)
+    assert train.WeightAverage(source, 0.0).captioner is source
 
 
 def test_a_frozen_encoder_stays_as_it_is_and_a_tuned_one_moves(folder, tmp_path, monkeypatch):
@@ -223,3 +239,28 @@ def test_a_finished_captioner_is_not_resumed_but_tuned(folder, tmp_path, monkeyp
     run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt")
     with pytest.raises(UserError, match="wants the .last.pt file"):
         run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 2, "--resume", tmp_path / "it.pt", "--output", tmp_path / "more.pt")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_step_of_cross_entropy_never_waits_for_the_gpu(folder, model_type):
+    dataset, args = CaptionDataset(folder, "train", image_transform(128)), train.parse_arguments(["--model_type", model_type])
+    captioner = build_captioner(CaptionerConfig(model_type, "scenes_vgg"), dataset.vocabulary, train.build_encoder("scenes_vgg", "random")).cuda()
+    step = train.TrainingStep(captioner.train(), train.build_objective(captioner, dataset, args), False, True)
+    optimizer, _ = train.build_optimizer(captioner, args, 10)
+    images, captions, indices = next(iter(DataLoader(dataset, 8)))
+    images = images.cuda()
+
+    def once():
+        loss, _ = step(images, captions, indices)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        train.clip(optimizer, args)
+        optimizer.step()
+
+    once()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
