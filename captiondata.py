@@ -215,6 +215,9 @@ class CaptionDataset(Dataset):
         self.augmentation_seed, self.epoch = None, 0  # with a seed, the transform's randomness depends on seed, epoch and index only
         self._readers = [self._reader(version) for version in range(versions + 1)] if features else []
         self._memory = None
+        for reader in self._readers[1:]:
+            if reader.attributes["weights_hash"] != self._readers[0].attributes["weights_hash"]:
+                raise UserError(f"{reader.path} was made with other weights than {self._readers[0].path}; delete it and make it anew")
         self.features_attributes = self._readers[0].attributes if features else None
 
     def __len__(self):

@@ -32,11 +32,11 @@ def prepared(folder, n=4, side=12):
     return folder
 
 
-def cache(folder, split="train", done=True, files=None, version=0):
+def cache(folder, split="train", done=True, files=None, version=0, weights="abc"):
     """A feature cache of 2 regions x 3 channels whose row k is filled with k + 10 version."""
     entries, path = CaptionDataset(folder, split).entries, features_path(folder, "tiny", version)
     path.unlink(missing_ok=True)
-    stamp = {"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": (1, 2), "preprocessing": "none"}
+    stamp = {"encoder": "tiny", "weights_hash": weights, "image_size": 8, "grid": (1, 2), "preprocessing": "none"}
     lay_out(path, stamp, {split: (len(entries), files or files_hash(entries))}, (2, 3))
     if done:
         rows = (np.arange(len(entries)) + 10 * version)[:, None, None] * np.ones((1, 2, 3))
@@ -192,6 +192,9 @@ def test_augmented_versions_take_turns(tmp_path):
         seen.append([dataset[index][0][0, 0].item() for index in range(4)])
     assert [sorted(column) for column in zip(*seen)] == [[0, 10, 20], [1, 11, 21], [2, 12, 22], [3, 13, 23]]
     assert seen[0] == [0, 11, 22, 3]  # not all images by the same version at once
+    cache(folder, version=2, weights="others")
+    with pytest.raises(UserError, match="augmented2.h5 was made with other weights than .*features-tiny.h5; delete it"):
+        CaptionDataset(folder, "train", features="tiny", versions=2)
 
 
 def test_features_in_memory_are_those_of_the_file(tmp_path):
