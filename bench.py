@@ -41,6 +41,7 @@ from train import PAPER, TrainingStep, build_optimizer, clip, parse_arguments
 WORDS = 10  # words of the explained caption
 VOCABULARY = 10_000
 SCENES = 500
+REGIONS = (196, 512)  # of VGG16
 
 
 def seconds(functions, device, repeats):
@@ -209,11 +210,11 @@ def write_random_dataset(folder, images):
     bench_vocabulary().save(folder / "vocabulary.json")
     write_json(folder / "train.json", entries)
     write_json(folder / "info.json", {"name": "random", "images_root": ".", "max_length": 20, "splits": {"train": images}, "categories": {}, "planted_pairs": []})
-    path, shape = features_path(folder, "vgg16"), (196, 512)
-    lay_out(path, {"encoder": "vgg16", "grid": (14, 14)}, {"train": (images, files_hash(entries))}, shape)
+    path = features_path(folder, "vgg16")
+    lay_out(path, {"encoder": "vgg16"}, {"train": (images, files_hash(entries))}, REGIONS)
     for start in range(0, images, 32):
         indices = list(range(start, min(start + 32, images)))
-        write_rows(path, "train", indices, noise.random((len(indices), *shape), np.float32).astype(np.float16))
+        write_rows(path, "train", indices, noise.random((len(indices), *REGIONS), np.float32).astype(np.float16))
 
 
 def bench_steps(device, repeats):
@@ -243,7 +244,7 @@ def bench_steps(device, repeats):
 
 def training_data(device, batch=32):
     """Features of VGG16's shape and captions of 20 words."""
-    return torch.rand(batch, 196, 512, device=device), torch.randint(1, VOCABULARY - 3, (batch, 1, 20), device=device)
+    return torch.rand(batch, *REGIONS, device=device), torch.randint(1, VOCABULARY - 3, (batch, 1, 20), device=device)
 
 
 def training_step(captioner, objective, inputs, features, captions, images=None):
