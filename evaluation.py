@@ -259,7 +259,7 @@ def build_parser():
     flag("--checkpoint", default="checkpoints/scenes-gridtd.pt", help="the captioner (default: %(default)s)")
     flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
     flag("--split", default="test", help="train, val or test (default: %(default)s)")
-    flag("--experiment", choices=("captions", *SUMMARIES, "all"), default="captions", help="what to measure (default: %(default)s)")
+    flag("--experiment", nargs="+", choices=("captions", *SUMMARIES, "all"), default=["captions"], help="what to measure, one or more (default: captions)")
     flag("--methods", nargs="+", choices=METHODS, default=["lrp", "gradcam", "guided_gradcam", "attention"], help="explanations for the experiments (default: %(default)s)")
     flag("--limit", type=int, help="only the first so many images (default: all)")
     flag("--batch_size", type=int, default=64, help="images captioned at once (default: %(default)s)")
@@ -325,16 +325,17 @@ def evaluate(args, device):
     dataset = open_split(folder, args.split, captioner.encoder)
     dataset.entries = dataset.entries[: args.limit]
     stem = Path(args.output or Path("results") / f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
-    if args.experiment in ("captions", "all"):
+    chosen = ["captions", *SUMMARIES] if "all" in args.experiment else args.experiment
+    if "captions" in chosen:
         captions, found = caption_split(captioner, dataset, args)
         rows = [{"image_id": entry["image_id"], "caption": captions.predictions[index]} for index, entry in enumerate(dataset.entries)]
         for index, row in enumerate(rows):
             row |= {"others": [" ".join(words) for words in found[index][1:]]} if len(found[index]) > 1 else {}
         if distributed.is_main():
             score(captions, rows, args, stem)
-    names = list(SUMMARIES) if args.experiment == "all" else [name for name in SUMMARIES if name == args.experiment]
+    names = [name for name in SUMMARIES if name in chosen]
     if names:
-        stem = stem.with_name(f"{stem.stem}-{args.experiment}")
+        stem = stem.with_name(f"{stem.stem}-{'all' if names == list(SUMMARIES) else '-'.join(names)}")
         records = examine_split(captioner, dataset, names, args, stem)
         if distributed.is_main():
             report(records, names, captioner, args, stem)
@@ -347,8 +348,8 @@ def check_arguments(args):
     stray = [name for name in ("annotations", "instances", "train_annotations") if getattr(args, name) and not args.predictions]
     if stray:
         raise UserError(f"--{stray[0]} goes with --predictions, the captions to score")
-    if args.predictions and args.experiment != "captions":
-        raise UserError(f"--experiment {args.experiment} needs a captioner; --predictions are captions only")
+    if args.predictions and args.experiment != ["captions"]:
+        raise UserError(f"--experiment {' '.join(args.experiment)} needs a captioner; --predictions are captions only")
     decoding_options(args)
 
 

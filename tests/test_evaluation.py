@@ -84,9 +84,9 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     captioner.vocabulary.words[1:30:2] = [f"{word}" for word in "a the of on in dog bench man with and is it at to by".split()]
     captioner.save(tmp_path / "it.pt")
     monkeypatch.setattr(evaluation, "EXAMINED_AT_ONCE", 2)
-    flags = ["--experiment", "word_ablation", "--methods", "lrp", "gradcam"]
+    flags = ["--experiment", "word_ablation", "hallucination", "--methods", "lrp", "gradcam"]
     experiment(monkeypatch, tmp_path, folder, *flags)
-    path = tmp_path / "out-word_ablation.jsonl"
+    path = tmp_path / "out-word_ablation-hallucination.jsonl"
     whole = path.read_text()
     tables = json.loads(path.with_suffix(".json").read_text())["tables"]
     assert "**word ablation**" in path.with_suffix(".md").read_text() and "word ablation" in capsys.readouterr().out
