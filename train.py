@@ -348,7 +348,8 @@ def train_epoch(step, dataset, average, optimizer, scheduler, progress, args, sa
     batches = epoch_batches(len(dataset), args.batch_size, args.seed, progress.epoch)[progress.step :]
     if args.max_iterations:
         batches = batches[: args.max_iterations - progress.iterations]
-    loader = DataLoader(dataset, batch_sampler=list(map(distributed.shared, batches)), num_workers=args.workers, pin_memory=captioner.device.type == "cuda")
+    pinned = captioner.device.type == "cuda" and args.workers > 0  # without workers the features may be on the GPU already
+    loader = DataLoader(dataset, batch_sampler=list(map(distributed.shared, batches)), num_workers=args.workers, pin_memory=pinned)
     bar = tqdm(loader, desc=f"epoch {progress.epoch}", leave=False, disable=not distributed.is_main())
     for inputs, captions, indices in bar:
         set_seed(distributed.seed_of(args.seed, progress.iterations))

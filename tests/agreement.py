@@ -9,7 +9,6 @@ weights, with batch-norms calibrated; so have the captioners.
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torchvision.models import inception, resnet, squeezenet

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import train
 from captiondata import STOP_WORDS, CaptionDataset
