@@ -60,6 +60,7 @@ PRESETS = {
     "flickr8k": PAPER | {
         "encoder": "inception_v3", "epochs": 10, "batch_size": 16, "decoder_lr": 1e-3, "schedule": "cosine", "embed_dropout": 0.5,
         "region_dropout": 0.2, "attention_dropout": 0.0, "adam_beta1": 0.9, "grad_clip": 0.0, "grad_norm": 5.0, "ema_decay": 0.999,
+        "label_smoothing": 0.1,
     },
 }  # fmt: skip
 PAPER_MODELS = {  # what the authors' code sets for one captioner only
