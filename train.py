@@ -231,7 +231,8 @@ class WeightAverage:
         """Take in the weights after so many steps."""
         if self.decay:
             weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-            torch._foreach_lerp_(list(self.captioner.parameters()), list(self.source.parameters()), weight)
+            pairs = zip(self.captioner.parameters(), self.source.parameters())
+            torch._foreach_lerp_(*map(list, zip(*(pair for pair in pairs if pair[1].requires_grad))), weight)  # frozen: to the last bit, -0.0 too
             for own, new in zip(self.captioner.buffers(), self.source.buffers()):
                 own.copy_(new)
 

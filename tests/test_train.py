@@ -86,14 +86,16 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(folder, tmp_path, mon
 
 
 def test_the_average_of_the_weights_by_hand():
-    source = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    source = torch.nn.Linear(1, 1)
+    source.bias.requires_grad_(False).fill_(-0.0)
     average, values, expected = train.WeightAverage(source, 0.5), [3.0, -1.0, 4.0, 1.0, 5.0], source.weight.item()
     for steps, value in enumerate(values * 5):
-        source.weight.fill_(value)
+        source.weight.data.fill_(value)
         average.update(steps)
         decay = min(0.5, (1 + steps) / (10 + steps))
         expected = decay * expected + (1 - decay) * value
     assert average.captioner.weight.item() == pytest.approx(expected)
+    assert average.captioner.bias.signbit().all()  # what is frozen keeps every bit, and with them the hash of an encoder
     assert train.WeightAverage(source, 0.0).captioner is source
 
 
