@@ -413,7 +413,7 @@ def write_coco(folder, name="val2017"):
     """REFERENCES as captions_<name>.json and their objects as instances_<name>.json."""
     images = [{"id": key, "file_name": f"{key}.jpg"} for key in REFERENCES]
     captions = [{"image_id": key, "caption": raw} for key, sentences in REFERENCES.items() for raw in sentences]
-    things = [{"image_id": 1, "category_id": 18}, {"image_id": 4, "category_id": 47}]
+    things = [{"image_id": image, "category_id": category, "bbox": [0, 0, 9, 9]} for image, category in ((1, 18), (4, 47))]
     categories = [{"id": 18, "name": "dog"}, {"id": 47, "name": "cup"}, {"id": 1, "name": "person"}, {"id": 6, "name": "bus"}]
     (folder / f"captions_{name}.json").write_text(json.dumps({"images": images, "annotations": captions}))
     (folder / f"instances_{name}.json").write_text(json.dumps({"images": images, "annotations": things, "categories": categories}))
