@@ -430,7 +430,6 @@ def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu", regi
     Goes on where an interrupted run stopped. UserError if a file was made with other weights or for other images.
     """
     encoder = encoder.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
-    write_tensors(encoder_path(folder, encoder.name), encoder.state_dict())
     for version in range(augment + 1):
         splits = ["train"] if version else read_json(Path(folder) / "info.json")["splits"]
         transform = None if regions else image_transform(encoder.image_size, augment=version > 0)
@@ -439,6 +438,8 @@ def cache_features(folder, encoder, batch_size=32, workers=2, device="cpu", regi
         room = {dataset.split: (len(dataset), files_hash(dataset.entries)) for dataset in datasets}
         preprocessing = PREPROCESSING + f"; augmented, seed {seed}" * (version > 0)
         lay_out(path, _stamp(encoder, preprocessing), room, (encoder.grid[0] * encoder.grid[1], encoder.out_channels))
+        if not version:  # not before the file has said that these are its weights
+            write_tensors(encoder_path(folder, encoder.name), encoder.state_dict())
         for dataset in datasets:
             if version:
                 dataset.augmentation_seed, dataset.epoch = seed, version

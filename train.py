@@ -290,7 +290,8 @@ def fit(captioner, train_set, val_set, args):
     """Train to args.epochs or args.max_iterations, going on from args.resume if it is of this very training; write checkpoints
     and figures as we go. UserError if the loss stops being finite."""
     output, objective = Path(args.output), build_objective(captioner, train_set, args)
-    optimizer, scheduler = build_optimizer(captioner, args, args.epochs * max(1, len(train_set) // args.batch_size))
+    steps = args.epochs * max(1, len(train_set) // args.batch_size)
+    optimizer, scheduler = build_optimizer(captioner, args, min(steps, args.max_iterations or steps))
     average = WeightAverage(captioner, args.ema_decay)
     step = TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16)
     progress = Progress()
@@ -414,8 +415,9 @@ def is_of_this_training(args):
 
 
 def restore(checkpoint, captioner, average, optimizer, scheduler):
-    """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model."""
-    training = checkpoint["training"]
+    """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model, or of a longer or shorter
+    training whose learning rates fall from its first step to its last."""
+    training, steps = checkpoint["training"], getattr(scheduler, "total_steps", None)
     try:
         captioner.load_state_dict(checkpoint["state_dict"])
         average.load_state_dict(training["average"])
@@ -423,17 +425,16 @@ def restore(checkpoint, captioner, average, optimizer, scheduler):
         scheduler.load_state_dict(training["scheduler"])
     except (RuntimeError, ValueError, KeyError):
         raise UserError("--resume: the checkpoint is of another captioner; give the flags it was trained with") from None
+    if getattr(scheduler, "total_steps", None) != steps:
+        raise UserError(f"--resume: that training's cosine takes {scheduler.total_steps} steps, these flags {steps}; give the flags it was trained with")
     progress = Progress()
     vars(progress).update({name: training[name] for name in progress.state()})
     return progress
 
 
-def build_parser(defaults):
-    """The command line, with the defaults of a preset."""
-    parser = CommandLine(description=__doc__)
+def add_model_flags(parser):
+    """What the captioner is built of."""
     flag = parser.add_argument
-    flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
-    flag("--preset", choices=PRESETS, help="a set of defaults (default: scenes for the scenes, else paper)")
     flag("--model_type", default="gridtd", choices=MODELS, help="the captioner (default: %(default)s)")
     flag("--encoder", choices=ENCODERS, help="the image encoder (default: %(default)s)")
     flag("--encoder_weights", help="state dict file, or 'random' (default: those of the cached features, else ImageNet's where there are some)")
@@ -444,6 +445,29 @@ def build_parser(defaults):
     flag("--embed_dropout", type=float, help="of the word embeddings (default: %(default)s)")
     flag("--region_dropout", type=float, help="of the regions' features (default: %(default)s)")
     flag("--attention_dropout", type=float, help="of the multi-head attention's weights (default: %(default)s)")
+
+
+def add_tuning_flags(tuning):
+    """What only fine-tuning asks for, to a group of the parser."""
+    modes = tuning.add_mutually_exclusive_group()
+    modes.add_argument("--cider_tune", action="store_true", help="SCST: CIDEr-D of sampled captions as reward")
+    modes.add_argument("--lrp_tune", action="store_true", help="LRP-inference with cross-entropy")
+    modes.add_argument("--lrp_cider_tune", action="store_true", help="LRP-inference with SCST")
+    flag = tuning.add_argument
+    flag("--lrp_lambda", type=float, default=0.5, help="share of the plain cross-entropy, 0 to 1; 1 is the baseline without LRP (default: %(default)s)")
+    flag("--lrp_form", choices=("last_layer", "image"), default="last_layer", help="weights from the last layer's relevance, or from the image's heat map as in the paper's earlier version (default: %(default)s)")
+    flag("--samples", type=int, default=5, help="captions that SCST draws of an image (default: %(default)s)")
+    flag("--scst_baseline", choices=("greedy", "others"), default="greedy", help="reward to beat: of the greedy caption, or the mean of the other samples (default: %(default)s)")
+    flag("--bleu_weight", type=float, default=0.0, help="weight of BLEU-4 beside CIDEr-D in the reward (default: %(default)s)")
+
+
+def build_parser(defaults):
+    """The command line, with the defaults of a preset."""
+    parser = CommandLine(description=__doc__)
+    flag = parser.add_argument
+    flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
+    flag("--preset", choices=PRESETS, help="a set of defaults (default: scenes for the scenes, else paper)")
+    add_model_flags(parser)
     flag("--epochs", type=int, help="passes over the training images (default: %(default)s)")
     flag("--batch_size", type=int, help="images a step (default: %(default)s)")
     flag("--captions_per_image", type=int, default=5, help="captions of each image a step, 1 to 5 (default: %(default)s)")
@@ -466,17 +490,7 @@ def build_parser(defaults):
     flag("--output", help="where the captioner goes (default: checkpoints/DATASET-MODEL_TYPE[-MODE].pt)")
     flag("--checkpoint_every", type=int, default=500, help="steps after which a training can be gone on with (default: %(default)s)")
     flag("--resume", help="the .last.pt file of a training to go on with, or a captioner to fine-tune (default: checkpoints/DATASET-MODEL_TYPE.pt)")
-    tuning = parser.add_argument_group("fine-tuning of a trained captioner")
-    modes = tuning.add_mutually_exclusive_group()
-    modes.add_argument("--cider_tune", action="store_true", help="SCST: CIDEr-D of sampled captions as reward")
-    modes.add_argument("--lrp_tune", action="store_true", help="LRP-inference with cross-entropy")
-    modes.add_argument("--lrp_cider_tune", action="store_true", help="LRP-inference with SCST")
-    flag = tuning.add_argument
-    flag("--lrp_lambda", type=float, default=0.5, help="share of the plain cross-entropy, 0 to 1; 1 is the baseline without LRP (default: %(default)s)")
-    flag("--lrp_form", choices=("last_layer", "image"), default="last_layer", help="weights from the last layer's relevance, or from the image's heat map as in the paper's earlier version (default: %(default)s)")
-    flag("--samples", type=int, default=5, help="captions that SCST draws of an image (default: %(default)s)")
-    flag("--scst_baseline", choices=("greedy", "others"), default="greedy", help="reward to beat: of the greedy caption, or the mean of the other samples (default: %(default)s)")
-    flag("--bleu_weight", type=float, default=0.0, help="weight of BLEU-4 beside CIDEr-D in the reward (default: %(default)s)")
+    add_tuning_flags(parser.add_argument_group("fine-tuning of a trained captioner"))
     add_decoding_flags(parser, max_length=20)
     add_common_flags(parser)
     parser.set_defaults(**defaults)

@@ -11,6 +11,9 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
+from preparedataset import prepare
+from scenes import write_scenes
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared" / "data"  # a part of the originals, where it is
 INFO = {"description": "COCO 2017 Dataset", "url": "http://cocodataset.org", "version": "1.0", "year": 2017,
@@ -92,6 +95,13 @@ def write_entities(root, name="1001"):
     tree.write(annotation / f"{name}.xml")
     (sentences / f"{name}.txt").write_text(SENTENCES)
     return root
+
+
+def prepared_scenes(folder, train, val, test):
+    """Draw so many scenes into `folder` and make a dataset of them there; returns it."""
+    write_scenes(folder, train, val, test, workers=1)
+    prepare("scenes", folder, folder)
+    return folder
 
 
 WRITERS = {

@@ -15,8 +15,8 @@ from captiondata import CaptionDataset, load_regions
 from captioner import METHODS, load_captioner
 from commandline import UserError
 from explain import paint_boxes
+from fixtures import prepared_scenes
 from oracle_models import adaptive_lrp, aoa_lrp, gridtd_lrp
-from scenes import write_scenes
 from test_lrp_utils import random_captioner, relative_difference
 
 ORACLES = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
@@ -71,9 +71,7 @@ def test_from_files_to_an_explained_photograph(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
         module.main()
 
-    folder, regions = tmp_path / "scenes", tmp_path / "regions"
-    write_scenes(folder, 12, 4, 4, workers=1)
-    preparedataset.prepare("scenes", folder, folder)
+    folder, regions = prepared_scenes(tmp_path / "scenes", 12, 4, 4), tmp_path / "regions"
     for split, count in (("train", 12), ("val", 4), ("test", 4)):
         dataset = CaptionDataset(folder, split)
         for index, entry in enumerate(dataset.entries):

@@ -14,8 +14,7 @@ import distributed
 from captiondata import Vocabulary
 from captioner import read_checkpoint
 from commandline import UserError
-from preparedataset import prepare
-from scenes import write_scenes
+from fixtures import prepared_scenes
 from test_lrp_utils import random_captioner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,10 +24,7 @@ SMALL = ["--embed_dim", 12, "--hidden_dim", 16, "--batch_size", 7, "--workers", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed") / "scenes"
-    write_scenes(folder, 28, 6, 36, workers=1)
-    prepare("scenes", folder, folder)
-    return folder
+    return prepared_scenes(tmp_path_factory.mktemp("distributed") / "scenes", 28, 6, 36)
 
 
 def run(processes, script, *arguments, **environment):

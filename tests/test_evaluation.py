@@ -11,8 +11,8 @@ import evaluation
 from captiondata import CaptionDataset
 from commandline import UserError
 from evaluation import word_scores
+from fixtures import prepared_scenes
 from preparedataset import prepare
-from scenes import write_scenes
 from test_lrp_utils import random_captioner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +37,7 @@ def test_word_scores_are_the_largest_probabilities_on_the_way():
 
 
 def test_the_command_measures_a_split_and_writes_it(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "scenes"
-    write_scenes(folder, 8, 4, 5, workers=1)
-    prepare("scenes", folder, folder)
+    folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     captioner = random_captioner().float()
     captioner.save(tmp_path / "it.pt")
     arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "out.json", "--workers", 0, "--limit", 3]
@@ -57,9 +55,7 @@ def test_the_command_measures_a_split_and_writes_it(tmp_path, monkeypatch, capsy
 
 
 def test_all_captions_that_a_decoder_finds_are_written(tmp_path, monkeypatch):
-    folder = tmp_path / "scenes"
-    write_scenes(folder, 8, 4, 5, workers=1)
-    prepare("scenes", folder, folder)
+    folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     random_captioner().float().save(tmp_path / "it.pt")
     arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "out.json", "--workers", 0, "--metrics", "diversity"]
     for extra, others in (("--decoding diverse_beam --groups 3 --max_length 6", 2), ("--decoding nucleus --num_captions 5 --max_length 6", 4)):
@@ -77,9 +73,7 @@ def experiment(monkeypatch, tmp_path, folder, *flags):
 
 def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     """An interrupted run goes on with the images that are missing, to the same tables; other settings begin anew."""
-    folder = tmp_path / "scenes"
-    write_scenes(folder, 8, 4, 5, workers=1)
-    prepare("scenes", folder, folder)
+    folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     captioner = random_captioner().float()
     captioner.vocabulary.words[1:30:2] = [f"{word}" for word in "a the of on in dog bench man with and is it at to by".split()]
     captioner.save(tmp_path / "it.pt")

@@ -11,10 +11,9 @@ import train
 from captiondata import STOP_WORDS, CaptionDataset
 from captioner import DROPOUTS, METHODS, MODELS, load_captioner, read_checkpoint
 from commandline import UserError
+from fixtures import prepared_scenes
 from lrp_utils import EPSILON, inference_weights
 from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference, quiet_words
-from preparedataset import prepare
-from scenes import write_scenes
 from test_captionmetrics import slow_cider_d
 from test_lrp_utils import random_captioner
 
@@ -263,9 +262,7 @@ def test_scst_raises_the_reward(speaker):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder of few scenes, and a captioner trained on them by cross-entropy for each model_type."""
-    folder = tmp_path_factory.mktemp("tune") / "scenes"
-    write_scenes(folder, 24, 6, 6, workers=1)
-    prepare("scenes", folder, folder)
+    folder = prepared_scenes(tmp_path_factory.mktemp("tune") / "scenes", 24, 6, 6)
     with pytest.MonkeyPatch.context() as patch:
         for model in MODELS:
             sizes = ["--embed_dim", "12", "--hidden_dim", "16", "--batch_size", "8", "--epochs", "1", "--pretrain_epochs", "0"]

@@ -17,7 +17,7 @@ from torch import nn
 import preparedataset
 from captiondata import CaptionDataset, image_transform, tokenize
 from commandline import UserError, read_json
-from featurecache import features_path
+from featurecache import encoder_path, features_path
 from fixtures import REAL, REPOSITORY, WRITERS, edit, flickr_file, write_coco, write_coco2017, write_entities, write_flickr
 from preparedataset import cache_features, describe, draw_scenes, encode_captions, prepare
 
@@ -329,14 +329,14 @@ def test_caches_of_other_weights_or_images_are_refused(flickr, tmp_path):
     prepare("flickr8k", flickr, tmp_path / "out")
     path = features_path(tmp_path / "out", "tiny")
     cache_features(tmp_path / "out", TinyEncoder())
-    whole = contents(path)
+    whole, weights = contents(path), encoder_path(tmp_path / "out", "tiny").read_bytes()
     with pytest.raises(UserError, match="tiny.h5 was made with weights_hash weights0, not weights1; delete it"):
         cache_features(tmp_path / "out", TinyEncoder(seed=1))
     edit(flickr / "dataset_flickr8k.json", lambda data: data["images"].pop(0))
     prepare("flickr8k", flickr, tmp_path / "out")
     with pytest.raises(UserError, match="made for other images of split 'train'; delete it"):
         cache_features(tmp_path / "out", TinyEncoder())
-    assert contents(path) == whole
+    assert contents(path) == whole and encoder_path(tmp_path / "out", "tiny").read_bytes() == weights
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be opened"):
         cache_features(tmp_path / "out", TinyEncoder())

@@ -18,8 +18,8 @@ import train
 from captiondata import CaptionDataset, image_transform
 from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
 from commandline import UserError
-from preparedataset import cache_features, prepare
-from scenes import write_scenes
+from fixtures import prepared_scenes
+from preparedataset import cache_features
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--embed_dim", "12", "--hidden_dim", "16", "--batch_size", "8", "--workers", "0", "--device", "cpu"]
@@ -27,10 +27,7 @@ SMALL = ["--embed_dim", "12", "--hidden_dim", "16", "--batch_size", "8", "--work
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train") / "scenes"
-    write_scenes(folder, 24, 6, 6, workers=1)
-    prepare("scenes", folder, folder)
-    return folder
+    return prepared_scenes(tmp_path_factory.mktemp("train") / "scenes", 24, 6, 6)
 
 
 def run(monkeypatch, *arguments):
@@ -83,6 +80,17 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(folder, tmp_path, mon
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     averages = [read_checkpoint(tmp_path / f"{name}.last.pt")["training"]["average"] for name in ("whole", "parts")]
     assert bool(averages[0]) == (schedule == "cosine") and all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
+
+
+def test_the_cosine_comes_down_by_the_last_step(folder, tmp_path, monkeypatch):
+    """Also where --max_iterations ends a training before its epochs do; and nobody goes on along another cosine."""
+    flags = ["--dataset", folder, *SMALL, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt", "--schedule", "cosine", "--decoder_lr", 0.1]
+    rates = []
+    monkeypatch.setattr(train, "clip", lambda optimizer, args: rates.append(optimizer.param_groups[0]["lr"]))
+    run(monkeypatch, *flags, "--epochs", 50, "--max_iterations", 5)
+    assert len(rates) == 5 and max(rates) > 0.05 and rates[-1] < 1e-5
+    with pytest.raises(UserError, match="cosine takes 5 steps, these flags 9"):
+        run(monkeypatch, *flags, "--epochs", 3, "--resume", tmp_path / "it.last.pt")
 
 
 def test_the_average_of_the_weights_by_hand():
@@ -259,10 +267,12 @@ def test_a_step_of_cross_entropy_never_waits_for_the_gpu(folder, model_type):
         loss.backward()
         train.clip(optimizer, args)
         optimizer.step()
+        return loss
 
-    once()
+    once()  # the first one allocates
     torch.cuda.set_sync_debug_mode("error")
     try:
-        once()
+        loss = once()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)
