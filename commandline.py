@@ -78,6 +78,11 @@ def set_seed(seed):
     torch.manual_seed(seed)
 
 
+def extended(stem, ending):
+    """A path whose name goes on with `ending`. (Path.with_suffix would cut what follows the last dot of IMG.1 or lrp0.5.)"""
+    return stem.with_name(stem.name + ending)
+
+
 @contextmanager
 def write_atomically(path):
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any failure."""

@@ -24,7 +24,7 @@ from captiondata import CaptionDataset, files_hash, image_transform, padded
 from captioner import METHODS, evaluating, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
 from commandline import (
-    CommandLine, UserError, add_common_flags, choose_device, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
+    CommandLine, UserError, add_common_flags, choose_device, extended, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
 )  # fmt: skip
 from decoding import add_decoding_flags, decoding_options
 from experiments import SUMMARIES, THRESHOLDS, Examiner
@@ -165,7 +165,7 @@ def examine_split(captioner, dataset, names, args, stem):
     """Run the named experiments on a split; returns the records of all images, which are kept in STEM.jsonl as they come."""
     if captioner.encoder.given:
         raise UserError("the experiments need the images' pixels, and bottom-up features come without them")
-    path, decoding = stem.with_suffix(".jsonl"), decoding_options(args)
+    path, decoding = extended(stem, ".jsonl"), decoding_options(args)
     train = {index: entry["captions"] for index, entry in enumerate(read_json(dataset.folder / "train.json"))}
     categories = dataset.info["categories"]
     words = choose_object_words(args.object_words, dataset.info["name"], train, categories)
@@ -215,12 +215,12 @@ def report(records, names, captioner, args, stem):
     tables = {name: SUMMARIES[name](records, captioner.config.model_type) for name in names}
     text = "\n\n".join(f"**{name.replace('_', ' ')}**\n\n{markdown(rows)}" for name, rows in tables.items())
     print(text)
-    write_json(stem.with_suffix(".json"), {**provenance(args.seed, args.checkpoint), "tables": tables})
-    with write_atomically(stem.with_suffix(".md")) as temporary:
+    write_json(extended(stem, ".json"), {**provenance(args.seed, args.checkpoint), "tables": tables})
+    with write_atomically(extended(stem, ".md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     curves = [row for row in tables.get("correctness", []) if "curves" in row]
     if curves:
-        with write_atomically(stem.with_suffix(".png")) as temporary:
+        with write_atomically(extended(stem, ".png")) as temporary:
             correctness_figure(curves).savefig(temporary, dpi=120)
     print(f"\n{len(records)} images; these tables are in {stem}.json and .md{f', the curves in {stem}.png' if curves else ''}")
 
@@ -264,7 +264,7 @@ def build_parser():
     flag("--limit", type=int, help="only the first so many images (default: all)")
     flag("--batch_size", type=int, default=64, help="images captioned at once (default: %(default)s)")
     flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    flag("--output", help="JSON file of the results (default: results/CHECKPOINT-DATASET-SPLIT.json)")
+    flag("--output", help="JSON file of the results (default: results/CHECKPOINT-DATASET-SPLIT.json, or results/PREDICTIONS-metrics.json)")
     group = parser.add_argument_group("captions from elsewhere")
     group.add_argument("--predictions", metavar="JSON", help="score these captions, in COCO's results format, instead of a captioner's")
     group.add_argument("--annotations", metavar="JSON", help="their references, in COCO's captions format")
@@ -285,6 +285,11 @@ def build_parser():
 def dataset_folder(name):
     """data/NAME for a bare name, else the path itself."""
     return Path("data") / name if Path(name).name == name else Path(name)
+
+
+def output_stem(args, name):
+    """What the names of the results begin with: --output less its .json, or results/NAME."""
+    return Path((args.output or f"results/{name}").removesuffix(".json"))
 
 
 def open_split(folder, split, encoder):
@@ -311,7 +316,7 @@ def main():
     if args.predictions:
         captions = read_captions(args)
         rows = [{"image_id": key, "caption": sentence} for key, sentence in captions.predictions.items()]
-        score(captions, rows, args, Path(args.output or Path("results") / Path(args.predictions).stem))
+        score(captions, rows, args, output_stem(args, f"{Path(args.predictions).stem}-metrics"))
         return
     device = distributed.own_device(args.device)
     with distributed.job(device):
@@ -324,7 +329,7 @@ def evaluate(args, device):
     captioner = load_captioner(args.checkpoint, device)
     dataset = open_split(folder, args.split, captioner.encoder)
     dataset.entries = dataset.entries[: args.limit]
-    stem = Path(args.output or Path("results") / f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
+    stem = output_stem(args, f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
     chosen = ["captions", *SUMMARIES] if "all" in args.experiment else args.experiment
     if "captions" in chosen:
         captions, found = caption_split(captioner, dataset, args)
@@ -335,7 +340,7 @@ def evaluate(args, device):
             score(captions, rows, args, stem)
     names = [name for name in SUMMARIES if name in chosen]
     if names:
-        stem = stem.with_name(f"{stem.stem}-{'all' if names == list(SUMMARIES) else '-'.join(names)}")
+        stem = extended(stem, f"-{'all' if names == list(SUMMARIES) else '-'.join(names)}")
         records = examine_split(captioner, dataset, names, args, stem)
         if distributed.is_main():
             report(records, names, captioner, args, stem)
@@ -358,8 +363,8 @@ def score(captions, rows, args, stem):
     values, unavailable, tokens = measure(captions, args.metrics)
     show(values, unavailable, tokens)
     result = {"metrics": values, "unavailable": unavailable, "tokens": tokens, "object_words": captions.object_words, "captions": rows}
-    write_json(stem.with_suffix(".json"), {**provenance(args.seed, None if args.predictions else args.checkpoint), **result})
-    print(f"{len(rows)} captions and these figures are in {stem.with_suffix('.json')}")
+    write_json(extended(stem, ".json"), {**provenance(args.seed, None if args.predictions else args.checkpoint), **result})
+    print(f"{len(rows)} captions and these figures are in {extended(stem, '.json')}")
 
 
 if __name__ == "__main__":

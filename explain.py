@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 import distributed
 from captiondata import image_transform, load_image, load_regions, tokenize
 from captioner import METHODS, load_captioner
-from commandline import CommandLine, UserError, add_common_flags, provenance, run, set_seed, write_atomically, write_json
+from commandline import CommandLine, UserError, add_common_flags, extended, provenance, run, set_seed, write_atomically, write_json
 from decoding import add_decoding_flags, decoding_options
 
 EXPLAINED_AT_ONCE = 8  # images
@@ -136,12 +136,12 @@ def paint_boxes(relevance, boxes, size):
 def write_explanation(stem, image, explanation, about):
     """Write stem.png, stem.npz and stem.json; returns the path of the figure."""
     arrays = {name: value.numpy() for name, value in vars(explanation).items() if isinstance(value, torch.Tensor)}
-    with write_atomically(stem.with_suffix(".npz")) as temporary:
+    with write_atomically(extended(stem, ".npz")) as temporary:
         np.savez_compressed(temporary, words=np.array(explanation.words), **arrays)
     numbers = {name: arrays[name].tolist() for name in ("scores", "probabilities", "word_relevance", "beta") if name in arrays}
     sums = arrays["image_relevance"].sum(axis=(1, 2)).tolist()
-    write_json(stem.with_suffix(".json"), {**about, "words": explanation.words, **numbers, "image_relevance_sum": sums})
-    return save_figure(explanation_figure(image, explanation), stem.with_suffix(".png"))
+    write_json(extended(stem, ".json"), {**about, "words": explanation.words, **numbers, "image_relevance_sum": sums})
+    return save_figure(explanation_figure(image, explanation), extended(stem, ".png"))
 
 
 def build_parser():
@@ -178,6 +178,10 @@ def main():
         raise UserError("a captioner of bottom-up features, and only such a one, needs --regions with one HDF5 file for each image")
     for path in args.images:
         load_image(path)  # nothing is written if one of them is damaged
+    names = [Path(path).stem for path in args.images]
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice:
+        raise UserError(f"two of the images are called {twice}, and their explanations would be too; explain them into two --output folders")
     groups = [slice(first, first + EXPLAINED_AT_ONCE) for first in range(0, len(args.images), EXPLAINED_AT_ONCE)]
     for group in distributed.shared(groups):
         explain(captioner, args.images[group], args.regions and args.regions[group], args, options)
@@ -197,10 +201,10 @@ def explain(captioner, paths, regions, args, options):
             for explanation in explanations.values():
                 explanation.image_relevance = paint_boxes(explanation.region_relevance, boxes[index], image.size[::-1])
         for method, explanation in explanations.items():
-            figure = write_explanation(stem.with_name(f"{stem.name}-{method}"), image, explanation, {**about, "method": method})
+            figure = write_explanation(extended(stem, f"-{method}"), image, explanation, {**about, "method": method})
             print(f"  explained in {figure}")
         if len(explanations) > 1:
-            print(f"  side by side in {save_figure(comparison_figure(image, explanations), stem.with_name(f'{stem.name}-methods.png'))}")
+            print(f"  side by side in {save_figure(comparison_figure(image, explanations), extended(stem, '-methods.png'))}")
 
 
 if __name__ == "__main__":

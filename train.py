@@ -529,8 +529,8 @@ def check_arguments(args):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name} must be at least {least}{f' and at most {most}' if most < math.inf else ''}, not {value}")
-    if Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a folder; give the name of a .pt file")
+    if Path(args.output).suffix != ".pt" or Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is not the name of a .pt file")
     if args.scst_baseline == "others" and args.samples < 2:
         raise UserError("--scst_baseline others needs at least 2 --samples")
 

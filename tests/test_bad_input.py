@@ -327,7 +327,8 @@ PREPARED = {
     "fewer than no processes": (whole, ["--workers", -1], "--workers must be at least 0, not -1"),
     "more than all dropped out": (whole, ["--dropout", 2], "--dropout must be at least 0 and at most 1, not 2.0"),
     "a learning rate that is no number": (whole, ["--decoder_lr", "nan"], "--decoder_lr must be at least 0, not nan"),
-    "output a folder": (whole, ["--output", "raw"], "--output raw is a folder; give the name of a .pt file"),
+    "output a folder": (whole, ["--output", "raw"], "--output raw is not the name of a .pt file"),
+    "output without .pt": (whole, ["--output", "lrp0.5"], "--output lrp0.5 is not the name of a .pt file"),
     "captioner unknown": (whole, ["--model_type", "parrot"], "argument --model_type: invalid choice: 'parrot'"),
 }  # fmt: skip
 

@@ -57,11 +57,11 @@ def test_the_command_measures_a_split_and_writes_it(tmp_path, monkeypatch, capsy
 def test_all_captions_that_a_decoder_finds_are_written(tmp_path, monkeypatch):
     folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     random_captioner().float().save(tmp_path / "it.pt")
-    arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "out.json", "--workers", 0, "--metrics", "diversity"]
+    arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "lrp0.5", "--workers", 0, "--metrics", "diversity"]
     for extra, others in (("--decoding diverse_beam --groups 3 --max_length 6", 2), ("--decoding nucleus --num_captions 5 --max_length 6", 4)):
         monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments), *extra.split()])
         evaluation.main()
-        rows = json.loads((tmp_path / "out.json").read_text())["captions"]
+        rows = json.loads((tmp_path / "lrp0.5.json").read_text())["captions"]
         assert all(len(row["others"]) == others and len(row["caption"].split()) <= 6 for row in rows)
 
 

@@ -51,10 +51,20 @@ def test_several_methods_stand_side_by_side(workplace):
     assert names == {f"photo-{method}.{kind}" for method in METHODS for kind in ("png", "npz", "json")} | {"photo-methods.png"}
 
 
+def test_a_name_with_dots_stays_whole(workplace):
+    for name in ("a.1.jpg", "a.2.jpg"):
+        (workplace / name).write_bytes((workplace / "photo.jpg").read_bytes())
+    done = explain(workplace, "a.1.jpg", "a.2.jpg", "--caption", "w1", "--output", "dots")
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in (workplace / "dots").iterdir()}
+    assert names == {f"a.{number}-lrp.{kind}" for number in (1, 2) for kind in ("png", "npz", "json")}
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["missing.jpg"], "there is no image missing.jpg"),
     (["broken.jpg"], "broken.jpg cannot be read as an image"),
     (["photo.jpg", "broken.jpg"], "broken.jpg cannot be read as an image"),
+    (["photo.jpg", "./photo.jpg"], "two of the images are called photo"),
     (["photo.jpg", "--checkpoint", "photo.jpg"], "photo.jpg is not a checkpoint"),
     (["photo.jpg", "--caption", "a zebra"], "vocabulary"),
 ])  # fmt: skip
