@@ -140,7 +140,7 @@ class ImageLRPInference(LRPInference):
         """m (B, N, T) of the words predicted after inputs (B, N, T), 1 where it is not wanted (bool)."""
         factors = torch.ones(words.shape, dtype=images.dtype, device=images.device)
         encoder = self.captioner.encoder.folded()
-        with evaluating(self.captioner):
+        with evaluating(self.captioner), torch.autocast(images.device.type, enabled=False):  # relevance is always float32
             for caption in range(words.shape[1]):
                 most = max(1, int(wanted[:, caption].sum(-1).max()))
                 places = wanted[:, caption].int().argsort(dim=-1, descending=True, stable=True)[:, :most]  # (B, K), those wanted first

@@ -77,6 +77,7 @@ TUNING = {
     "cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
     "lrp_cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
 }
+ONLY_WITH = dict.fromkeys(("lrp_lambda", "lrp_form"), ("lrp_tune",)) | dict.fromkeys(("samples", "scst_baseline", "bleu_weight"), ("cider_tune", "lrp_cider_tune"))
 TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {
     "epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0, "ema_decay": 0.0, "label_smoothing": 0.0,
 }  # fmt: skip
@@ -169,6 +170,8 @@ def load_datasets(args, folder, image_size):
     cached = features_path(folder, args.encoder).exists() and not needs_pixels
     if cached:
         versions = versions_of(folder, args.encoder) if args.augment else 0
+        if args.augment and not versions and distributed.is_main():
+            print("no augmented features are cached, so no image is augmented; preparedataset.py --augment K would cache some")
         return CaptionDataset(folder, "train", features=args.encoder, versions=versions), CaptionDataset(folder, "val", features=args.encoder)
     if image_size is None:
         raise UserError(f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER")
@@ -487,7 +490,7 @@ def build_parser(defaults):
     flag("--bfloat16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it (default: %(default)s)")
     flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     flag("--cache_in_memory", action="store_true", help="read all cached features first, onto the GPU if they fit (default: read them step by step)")
-    flag("--output", help="where the captioner goes (default: checkpoints/DATASET-MODEL_TYPE[-MODE].pt)")
+    flag("--output", help="where the captioner goes (default: checkpoints/DATASET-MODEL_TYPE[-MODE].pt; of LRP-inference also its form and lambda if others than usual)")
     flag("--checkpoint_every", type=int, default=500, help="steps after which a training can be gone on with (default: %(default)s)")
     flag("--resume", help="the .last.pt file of a training to go on with, or a captioner to fine-tune (default: checkpoints/DATASET-MODEL_TYPE.pt)")
     add_tuning_flags(parser.add_argument_group("fine-tuning of a trained captioner"))
@@ -514,9 +517,14 @@ def parse_arguments(arguments=None):
         defaults |= TUNING_COMMON | TUNING[mode]
         if mode == "lrp_tune" and folder.name.startswith("flickr"):
             defaults["max_iterations"] = FLICKR_ITERATIONS
-    args = build_parser(defaults).parse_args(arguments)
+    parser = build_parser(defaults)
+    args = parser.parse_args(arguments)
+    for name, modes in ONLY_WITH.items():
+        if mode not in modes and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name} goes with --{' or --'.join(modes)} only")
     args.mode, trained = mode, f"checkpoints/{folder.name}-{args.model_type}"
-    args.output = args.output or (f"{trained}.pt" if mode == "cross_entropy" else f"{trained}-{mode}.pt")
+    changed = [f"{name.removeprefix('lrp_')}_{getattr(args, name)}" for name in ("lrp_form", "lrp_lambda") if getattr(args, name) != parser.get_default(name)]
+    args.output = args.output or f"{'-'.join([trained, *([] if mode == 'cross_entropy' else [mode]), *changed])}.pt"
     args.resume = args.resume or (None if mode == "cross_entropy" else f"{trained}.pt")
     check_arguments(args)
     return args

@@ -163,6 +163,15 @@ def test_image_weights_by_hand(model_type):
     torch.testing.assert_close(loss, expected / (targets != 0).sum())
 
 
+def test_image_weights_stay_float32_where_training_is_bfloat16():
+    captioner = random_captioner(words=20).float().train()
+    objective, images = ImageLRPInference(captioner), torch.randn(2, 3, 16, 16)
+    inputs, words, wanted = torch.full((2, 1, 3), captioner.vocabulary.start), torch.randint(1, 21, (2, 1, 3)), torch.ones(2, 1, 3, dtype=torch.bool)
+    weights = objective.image_weights(images, inputs, words, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.image_weights(images, inputs, words, wanted), weights)
+
+
 # ---------------------------------------------------------------------------------------------------------------- SCST
 
 REFERENCES = [["w1 w2 w3", "w1 w3 w3 w4"], ["w5 w2"], ["w9 w1 w2 unheard", "w5 w6 w7 w8 w2"]]
@@ -305,7 +314,8 @@ def test_the_baseline_without_lrp_is_one_flag_away(trained, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("flags, told", [
     (["--lrp_tune", "--lrp_lambda", 2], "--lrp_lambda must be"), (["--cider_tune", "--samples", 1, "--scst_baseline", "others"], "at least 2"),
-    (["--cider_tune", "--samples", 0], "--samples must be"), (["--cider_tune", "--resume", "nowhere.pt"], "there is no checkpoint"),
+    (["--cider_tune", "--samples", 0], "--samples must be"), (["--lrp_cider_tune", "--lrp_lambda", 0.1], "--lrp_lambda goes with --lrp_tune only"),
+    (["--lrp_tune", "--bleu_weight", 1], "--bleu_weight goes with --cider_tune or --lrp_cider_tune only"), (["--cider_tune", "--resume", "nowhere.pt"], "there is no checkpoint"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_line(trained, tmp_path, monkeypatch, flags, told):
     with pytest.raises(UserError, match=told):

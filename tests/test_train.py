@@ -169,6 +169,12 @@ def test_presets_are_defaults_and_flags_win(monkeypatch):
     assert (adaptive.ss_prob, adaptive.epochs) == (0.2, 30) and (aoa.dropout, aoa.epochs) == (0.3, 50)
 
 
+def test_no_fine_tuning_takes_the_file_of_another():
+    flags = ["--cider_tune"], ["--lrp_cider_tune"], ["--lrp_tune"], ["--lrp_tune", "--lrp_lambda", "1"], ["--lrp_tune", "--lrp_form", "image"]
+    outputs = [train.parse_arguments(list(those)).output for those in ([], *flags)]
+    assert len(set(outputs)) == 6 and outputs[3] == "checkpoints/scenes-gridtd-lrp_tune.pt"
+
+
 @pytest.mark.parametrize("model_type", ["adaptive", "aoa"])
 def test_the_other_captioners_train_too(folder, tmp_path, monkeypatch, model_type):
     output = tmp_path / "it.pt"
