@@ -1,8 +1,8 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
 #   make demo       explain the captions of two drawn scenes with the captioner that ships
 #   make test       all tests
-#   make spice      fetch what the SPICE metric needs (390 MB), once, into data/spice
-#   make tuning-experiment    fine-tune every captioner in every way, three seeds, and print the README's table (hours)
+#   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
+#   make tuning-experiment    fine-tune every captioner in every way, three seeds, and print the table of RESULTS.md (hours)
 #   make scenes     draw the embedded dataset and train its captioner again (checkpoints/scenes-gridtd.pt)
 
 PYTHON ?= python3

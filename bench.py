@@ -1,4 +1,4 @@
-"""Every speed claim of the README, measured as a ratio within one run.
+"""Every speed claim of RESULTS.md, measured as a ratio within one run.
 
     python bench.py explain              # an explained caption against the passes through VGG16 that it cannot do without
     python bench.py methods              # every method and captioner against one plain forward and backward

@@ -123,7 +123,7 @@ def cider(captions):
 
 
 def cider_d(captions):
-    """CIDEr-D with the document frequencies of the training captions, SCST's reward."""
+    """CIDEr-D with the document frequencies of the training captions."""
     if not captions.corpus:
         raise ScorerUnavailable("CIDEr-D needs the training captions; give --train_annotations captions_train2017.json")
     references, predictions, corpus, _ = captions.tokenised

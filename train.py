@@ -4,7 +4,7 @@ Fine-tune a trained one by SCST, by LRP-inference, or by both.
     python train.py                                                       # the embedded scenes, a few minutes on 2 cores
     python train.py --dataset flickr8k --encoder squeezenet1_1            # on cached features, if preparedataset.py made them
     python train.py --dataset coco2017 --encoder vgg16 --finetune_encoder # from the images
-    python train.py --dataset flickr8k --encoder inception_v3 --model_type aoa --preset flickr8k      # the README's best
+    python train.py --dataset flickr8k --encoder inception_v3 --model_type aoa --preset flickr8k      # the README's recipe
     python train.py --resume checkpoints/scenes-gridtd.last.pt            # go on where it stopped, to the same end
     python train.py --cider_tune                                          # SCST from checkpoints/scenes-gridtd.pt, or --resume CKPT
     python train.py --lrp_tune                                            # LRP-inference fine-tuning

@@ -1,5 +1,5 @@
 """Does fine-tuning with explanations help? Trains and measures every captioner, setting and seed on the scenes, and makes the
-README's table. A script of its own because it does nothing but call train.py many times and evaluation.py's functions.
+table of RESULTS.md. A script of its own because it does nothing but call train.py many times and evaluation.py's functions.
 
     python tuning_experiment.py                     # what is not done yet, two trainings side by side
     python tuning_experiment.py --table             # only the table of what is done
