@@ -166,8 +166,12 @@ class _OneStep(torch.autograd.Function):
 
 def run_lstm(lstm, inputs, lengths=None):
     """nn.LSTM over sequences (M, T, I) -> its h (M, T, H); lengths: M numbers of any shape, on the CPU, of the inputs that count:
-    on a CPU h after them is zero and is not computed. Packing would make a GPU wait."""
-    if lengths is None or inputs.is_cuda:
+    on a CPU h after them is zero and is not computed. Packing would make a GPU wait. There it is float32 under autocast too, which
+    for cuDNN's LSTM means float16, whatever it was told."""
+    if inputs.is_cuda:
+        with torch.autocast("cuda", enabled=False):
+            return lstm(inputs.float())[0]
+    if lengths is None:
         return lstm(inputs)[0]
     packed = pack_padded_sequence(inputs, lengths.flatten().clamp(min=1), batch_first=True, enforce_sorted=False)
     return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=inputs.shape[1])[0]

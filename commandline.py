@@ -33,6 +33,9 @@ def run(main):
         message = (str(error) or repr(error)).splitlines()[-1]
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{Path(sys.argv[0]).name}: error: the GPU has not enough memory; try a smaller --batch_size, or --device cpu", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

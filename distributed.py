@@ -10,12 +10,15 @@ batches are computed, only elsewhere. A script that was not started by torchrun 
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from commandline import UserError, choose_device
+
+PATIENCE = timedelta(hours=12)  # with the main process, which measures captions for all; PyTorch's 30 minutes are less than BERTScore may take
 
 
 def rank():
@@ -40,6 +43,8 @@ def restarted():
 
 def own_device(name=None):
     """As `choose_device`; without a name, or for "cuda", the GPU that is this process' own on its machine."""
+    if world_size() > 1 and (name or "").startswith("cuda:"):
+        raise UserError(f"--device {name} would give all {world_size()} processes the same GPU; say --device cuda, or nothing")
     if world_size() > 1 and name in (None, "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
@@ -56,7 +61,7 @@ def job(device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:
@@ -108,5 +113,5 @@ def share(words, device):
     over processes of their mean losses is the mean over all words."""
     if world_size() == 1:
         return 1.0
-    own = torch.tensor(float(words), device=device)
+    own = torch.full((), float(words), device=device)  # torch.tensor would wait for the GPU
     return (own / averaged(own)).float()

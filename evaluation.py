@@ -161,15 +161,15 @@ def read_instances(args, keys):
     return annotated, coco_categories(data)
 
 
-def examine_split(captioner, dataset, names, args, stem):
-    """Run the named experiments on a split; returns the records of all images, which are kept in STEM.jsonl as they come."""
+def examine_split(captioner, dataset, names, args, stem, files):
+    """Run the named experiments on a split; returns the records of all images, which are kept in STEM.jsonl as they come. files: the
+    hash of the whole split's files, of which `dataset` may be a part."""
     if captioner.encoder.given:
         raise UserError("the experiments need the images' pixels, and bottom-up features come without them")
     path, decoding = extended(stem, ".jsonl"), decoding_options(args)
     train = {index: entry["captions"] for index, entry in enumerate(read_json(dataset.folder / "train.json"))}
     categories = dataset.info["categories"]
     words = choose_object_words(args.object_words, dataset.info["name"], train, categories)
-    files = files_hash(dataset.entries)
     header = {"checkpoint": file_hash(args.checkpoint), "methods": args.methods, "experiments": names, "decoding": decoding, "seed": args.seed, "images": files}
     records = distributed.from_main(collect_records(path, header) if distributed.is_main() else None)
     own = path if distributed.is_main() else path.with_suffix(f".{distributed.rank()}.jsonl")
@@ -177,7 +177,7 @@ def examine_split(captioner, dataset, names, args, stem):
     examiner = Examiner(captioner, args.methods, object_phrases(categories), words, names, decoding, args.seed)
     rest = torch.tensor([index for index in range(len(dataset)) if index not in records], dtype=torch.long).split(EXAMINED_AT_ONCE)
     loader = DataLoader(dataset, batch_sampler=[batch.tolist() for batch in distributed.shared(rest) if len(batch)], num_workers=args.workers)
-    with tqdm(total=len(dataset), initial=len(records), desc="explaining", unit="image", leave=False, disable=not distributed.is_main()) as bar:
+    with tqdm(total=len(dataset), initial=len(dataset) - sum(map(len, rest)), desc="explaining", unit="image", leave=False, disable=not distributed.is_main()) as bar:
         for images, _, indices in loader:
             found = examiner(images, indices.tolist(), [dataset.entries[index] for index in indices])
             records |= {record["index"]: record for record in found}
@@ -186,17 +186,18 @@ def examine_split(captioner, dataset, names, args, stem):
     records = distributed.gathered(records)
     if distributed.is_main():
         collect_records(path, header)
-    return list(records.values())
+    return [records[index] for index in range(len(dataset))]
 
 
 def collect_records(path, header):
     """{index: record} of what was kept under this header by earlier runs, whatever their number of processes; it is then in the one
-    file `path`, of complete lines."""
+    file `path`, of complete lines. UserError if something else was kept there."""
     parts, records = [path, *path.parent.glob(f"{path.stem}.*.jsonl")], {}
     for part in parts:
         *lines, _ = part.read_text().split("\n") if part.exists() else [""]  # the last is empty, or was cut by a kill
-        if lines and json.loads(lines[0]) == header:
-            records |= {record["index"]: record for record in map(json.loads, lines[1:])}
+        if lines and json.loads(lines[0]) != header:
+            raise UserError(f"{part} keeps what was found with other flags, or by another captioner; delete it, or give another --output")
+        records |= {record["index"]: record for record in map(json.loads, lines[1:])}
     with write_atomically(path) as temporary:
         write_lines(temporary, map(json.dumps, [header, *records.values()]))
     for part in parts[1:]:
@@ -328,6 +329,7 @@ def evaluate(args, device):
     folder = dataset_folder(args.dataset)
     captioner = load_captioner(args.checkpoint, device)
     dataset = open_split(folder, args.split, captioner.encoder)
+    files = files_hash(dataset.entries)
     dataset.entries = dataset.entries[: args.limit]
     stem = output_stem(args, f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
     chosen = ["captions", *SUMMARIES] if "all" in args.experiment else args.experiment
@@ -341,15 +343,18 @@ def evaluate(args, device):
     names = [name for name in SUMMARIES if name in chosen]
     if names:
         stem = extended(stem, f"-{'all' if names == list(SUMMARIES) else '-'.join(names)}")
-        records = examine_split(captioner, dataset, names, args, stem)
+        records = examine_split(captioner, dataset, names, args, stem, files)
         if distributed.is_main():
             report(records, names, captioner, args, stem)
 
 
 def check_arguments(args):
     """UserError for flags that make no sense, or not together."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError("--limit must be at least 1")
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}")
+    if args.output and (not Path(args.output).name or Path(args.output).is_dir()):
+        raise UserError(f"--output {args.output} is a folder; give the name of a .json file")
     stray = [name for name in ("annotations", "instances", "train_annotations") if getattr(args, name) and not args.predictions]
     if stray:
         raise UserError(f"--{stray[0]} goes with --predictions, the captions to score")

@@ -390,16 +390,24 @@ def draw_scenes(root, output, **parameters):
         _require_folder(root, "where the scenes are drawn")
     record, wanted = root / "drawn.json", {**parameters, "scenes.py": file_hash(scenes.__file__)}
     if record.exists() and read_json(record) == wanted:
+        earlier = read_json(output / "info.json") if (output / "info.json").exists() else {}
+        if earlier.get("name") == "scenes" and (output / earlier["images_root"]).resolve() != root.resolve():
+            _remove_prepared(output)
         return
     if not record.exists() and (root / "annotations").exists():
         raise UserError(f"{root} holds another dataset; name it with --dataset, or give the scenes a --root of their own")
     scenes.check({split: parameters[split] for split in scenes.SPLITS}, parameters["size"],
                  {"train": parameters["bias"], "test": parameters["test_bias"]}, workers=None)  # before anything goes
-    for stale in (output / "info.json", *output.glob("features-*.h5")):
-        stale.unlink(missing_ok=True)
+    _remove_prepared(output)
     write_json(record, {})  # begun
     scenes.write_scenes(root, **parameters)
     write_json(record, wanted)
+
+
+def _remove_prepared(output):
+    """Remove what was prepared of other drawings: scenes of one number have one name, whatever they show."""
+    for stale in (output / "info.json", *output.glob("features-*.h5")):
+        stale.unlink(missing_ok=True)
 
 
 def _require_folder(path, what):

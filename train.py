@@ -22,6 +22,7 @@ import copy
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -83,12 +84,13 @@ TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {
 }  # fmt: skip
 FLICKR_ITERATIONS = 320
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_FLOOR = 0.8, 2, 2e-5  # lr x 0.8 after 2 epochs without a gain in CIDEr
+SAME_FLAGS = ("schedule", "batch_size", "seed")  # without which a resumed training would not go on with the steps that are left
 MEMORY_SHARE = 0.7  # of a GPU's free memory, or of all of the machine's, for cached features
 CHECK_EVERY = 50  # steps after which the losses are looked at; looking waits for the GPU
 LIMITS = {  # of the flags, both included
     **dict.fromkeys(("epochs", "batch_size", "embed_dim", "hidden_dim", "num_head", "max_iterations", "checkpoint_every", "samples"), (1, math.inf)),
     **dict.fromkeys(("pretrain_epochs", "workers", "decoder_lr", "encoder_lr", "grad_clip", "grad_norm", "bleu_weight"), (0, math.inf)),
-    **dict.fromkeys((*DROPOUTS, "ema_decay", "label_smoothing", "ss_prob", "lrp_lambda", "adam_beta1"), (0, 1)), "captions_per_image": (1, 5),
+    **dict.fromkeys((*DROPOUTS, "ema_decay", "label_smoothing", "ss_prob", "lrp_lambda"), (0, 1)), "adam_beta1": (0, 0.9999), "captions_per_image": (1, 5),
 }  # fmt: skip
 
 
@@ -134,7 +136,8 @@ def pretrain_encoder(encoder, dataset, args, device):
 def one_cycle(optimizer, steps):
     """Warm up over a tenth of the steps to the optimizer's learning rates, then down to nothing along a cosine."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    warm_up = 0.1 + 1e-9  # of exactly one step PyTorch divides by zero
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=warm_up, cycle_momentum=False)
 
 
 def build_optimizer(captioner, args, steps):
@@ -164,10 +167,15 @@ def build_objective(captioner, dataset, args):
     return SCST(captioner, references, args.samples, args.scst_baseline, args.bleu_weight, inference)
 
 
-def load_datasets(args, folder, image_size):
-    """The train and val split: of cached features if there are some and no pixels are needed, else of images."""
+def load_datasets(args, folder, image_size, trained=None):
+    """The train and val split: of cached features if there are some, of the weights of a `trained` captioner's encoder if there is
+    one, and no pixels are needed; else of images."""
     needs_pixels = args.finetune_encoder or args.mode == "lrp_tune" and args.lrp_form == "image"
     cached = features_path(folder, args.encoder).exists() and not needs_pixels
+    if cached and trained and not is_of_encoder(CaptionDataset(folder, "train", features=args.encoder), trained.encoder):
+        cached = False
+        if distributed.is_main():
+            print(f"the cached {args.encoder} features come from other weights than this captioner's, so the images are read")
     if cached:
         versions = versions_of(folder, args.encoder) if args.augment else 0
         if args.augment and not versions and distributed.is_main():
@@ -192,9 +200,14 @@ def cache_in_memory(datasets, device):
     raise UserError(f"the features take {need / 1e9:.1f} GB, more than there is memory; do without --cache_in_memory")
 
 
+def is_of_encoder(dataset, encoder):
+    """Whether the cached features are those of this encoder's weights."""
+    return dataset.features_attributes.get("weights_hash") == encoder.weights_hash()
+
+
 def check_cache(dataset, encoder):
-    """UserError if the cached features are not those of this encoder's weights."""
-    if dataset.features and dataset.features_attributes.get("weights_hash") != encoder.weights_hash():
+    """UserError if the dataset is of cached features, but not of this encoder's weights."""
+    if dataset.features and not is_of_encoder(dataset, encoder):
         raise UserError(f"the cached {encoder.name} features come from other weights; give the same --encoder_weights")
 
 
@@ -298,14 +311,15 @@ def fit(captioner, train_set, val_set, args):
     average = WeightAverage(captioner, args.ema_decay)
     step = TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16)
     progress = Progress()
-    if args.resume and is_of_this_training(args):
-        progress = restore(read_checkpoint(args.resume), captioner, average, optimizer, scheduler)
+    if args.goes_on:
+        progress = restore(read_checkpoint(args.resume), captioner, average, optimizer, scheduler, args)
     elif args.mode != "cross_entropy":
         progress.history.append({"epoch": 0, "iterations": 0, **validate(captioner, val_set, objective, args)})
         show(progress.history[-1])
     step = distributed.parallel(step)
-    for stale in output.parent.glob(f".{output.stem}.*") if distributed.is_main() else ():
-        stale.unlink()  # of a training killed while it wrote
+    for path in output.parent.glob(".*") if distributed.is_main() else ():
+        if re.fullmatch(rf"\.{re.escape(output.stem)}(\.last|\.training)?\.\d+\.(pt|jsonl|png)", path.name):
+            path.unlink()  # of a training killed while it wrote
 
     def save(captioner, path, **extra):
         metrics = progress.history[-1] if progress.history else {}
@@ -316,7 +330,8 @@ def fit(captioner, train_set, val_set, args):
     def save_last():
         progress.look()
         states = {name: part.state_dict() for name, part in (("average", average), ("optimizer", optimizer), ("scheduler", scheduler))}
-        save(captioner, output.with_suffix(".last.pt"), training={**progress.state(), "mode": args.mode, **states})
+        flags = {name: getattr(args, name) for name in SAME_FLAGS}
+        save(captioner, output.with_suffix(".last.pt"), training={**progress.state(), "mode": args.mode, **flags, **states})
 
     while progress.epoch <= args.epochs and progress.iterations < (args.max_iterations or float("inf")):
         started = time.perf_counter()
@@ -325,7 +340,7 @@ def fit(captioner, train_set, val_set, args):
         if args.schedule == "plateau":
             scheduler.step(metrics["CIDEr"])
         show(progress.finish_epoch(metrics, time.perf_counter() - started))
-        if metrics["CIDEr"] > progress.best or args.mode != "cross_entropy":
+        if metrics["CIDEr"] > progress.best or args.mode != "cross_entropy" or not output.exists():
             progress.best = metrics["CIDEr"]
             save(average.captioner, output)
         save_last()
@@ -337,7 +352,7 @@ def fit(captioner, train_set, val_set, args):
 
 def epoch_batches(images, batch_size, seed, epoch):
     """The batches of an epoch: lists of indices in an order that depends on nothing but seed and epoch."""
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    order = torch.randperm(images, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)).tolist()
     batches = [order[first : first + batch_size] for first in range(0, images, batch_size)]
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
 
@@ -410,17 +425,25 @@ def write_history(output, history):
 
 
 def is_of_this_training(args):
-    """Whether --resume names an interrupted training of this mode, rather than a captioner to fine-tune."""
+    """Whether --resume names an interrupted training of this mode, rather than a captioner to fine-tune. UserError if it can be
+    neither."""
+    if args.mode != "cross_entropy" and not Path(args.resume).name.endswith(".last.pt"):
+        return False
     training = read_checkpoint(args.resume).get("training")
     if args.mode == "cross_entropy" and training is None:
         raise UserError("--resume wants the .last.pt file of an interrupted training; a finished captioner is fine-tuned with --cider_tune or --lrp_tune")
+    if args.mode == "cross_entropy" and training["mode"] != args.mode:
+        raise UserError(f"{args.resume} is of a fine-tuning; to go on with it give --{training['mode']} too")
     return training is not None and training["mode"] == args.mode
 
 
-def restore(checkpoint, captioner, average, optimizer, scheduler):
-    """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model, or of a longer or shorter
-    training whose learning rates fall from its first step to its last."""
+def restore(checkpoint, captioner, average, optimizer, scheduler, args):
+    """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model, of a training with other
+    steps, or of a longer or shorter one whose learning rates fall from its first step to its last."""
     training, steps = checkpoint["training"], getattr(scheduler, "total_steps", None)
+    for name in SAME_FLAGS:
+        if training.get(name) != getattr(args, name):
+            raise UserError(f"--resume: that training had --{name} {training.get(name)}, not {getattr(args, name)}; give the flags it was trained with")
     try:
         captioner.load_state_dict(checkpoint["state_dict"])
         average.load_state_dict(training["average"])
@@ -523,11 +546,18 @@ def parse_arguments(arguments=None):
         if mode not in modes and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name} goes with --{' or --'.join(modes)} only")
     args.mode, trained = mode, f"checkpoints/{folder.name}-{args.model_type}"
-    changed = [f"{name.removeprefix('lrp_')}_{getattr(args, name)}" for name in ("lrp_form", "lrp_lambda") if getattr(args, name) != parser.get_default(name)]
-    args.output = args.output or f"{'-'.join([trained, *([] if mode == 'cross_entropy' else [mode]), *changed])}.pt"
     args.resume = args.resume or (None if mode == "cross_entropy" else f"{trained}.pt")
+    args.goes_on = bool(args.resume) and is_of_this_training(args)
+    changed = [f"{name.removeprefix('lrp_')}_{getattr(args, name)}" for name in ("lrp_form", "lrp_lambda") if getattr(args, name) != parser.get_default(name)]
+    args.output = args.output or default_output(args, trained, changed)
     check_arguments(args)
     return args
+
+
+def default_output(args, trained, changed):
+    """Where the captioner goes: on with the file of the training that is resumed, else a name made of what it starts from."""
+    start = args.resume.removesuffix(".pt").removesuffix(".last") if args.resume else trained
+    return f"{'-'.join([start, *([] if args.goes_on or args.mode == 'cross_entropy' else [args.mode, *changed])])}.pt"
 
 
 def check_arguments(args):
@@ -572,18 +602,16 @@ def train(args, device):
         raise UserError(f"--batch_size {args.batch_size} is less than the {distributed.world_size()} processes that share a batch")
     last = Path(args.output).with_suffix(".last.pt")
     if distributed.restarted() and last.exists() and read_checkpoint(last)["about"]["provenance"]["command"] == provenance()["command"]:
-        args.resume = last
+        args.resume, args.goes_on = last, True
     folder, trained = dataset_folder(args.dataset), None
     if args.mode != "cross_entropy":
         trained = load_captioner(args.resume, device)
         args.encoder, args.model_type = trained.config.encoder, trained.config.model_type
         for name in DROPOUTS:
             getattr(trained, name).p = getattr(args, name)
-    train_set, val_set = load_datasets(args, folder, ENCODERS[args.encoder].image_size)
+    train_set, val_set = load_datasets(args, folder, ENCODERS[args.encoder].image_size, trained)
     if trained and trained.vocabulary.words != train_set.vocabulary.words:
         raise UserError(f"{args.resume} was not trained on {folder}: its vocabulary is another")
-    if trained:
-        check_cache(train_set, trained.encoder)
     captioner = trained or new_captioner(args, folder, train_set, device)
     captioner.encoder.requires_grad_(args.finetune_encoder)
     if args.cache_in_memory:

@@ -72,7 +72,8 @@ def experiment(monkeypatch, tmp_path, folder, *flags):
 
 
 def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
-    """An interrupted run goes on with the images that are missing, to the same tables; other settings begin anew."""
+    """An interrupted run goes on with the images that are missing, to the same tables, also from a part of the split to the whole;
+    other settings are not mixed with it, nor do they replace it."""
     folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     captioner = random_captioner().float()
     captioner.vocabulary.words[1:30:2] = [f"{word}" for word in "a the of on in dog bench man with and is it at to by".split()]
@@ -91,8 +92,24 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     experiment(monkeypatch, tmp_path, folder, *flags)
     assert calls == [[2, 3], [4]] and path.read_text() == whole
     assert json.loads(path.with_suffix(".json").read_text())["tables"] == tables
-    experiment(monkeypatch, tmp_path, folder, *flags, "--seed", 1)
-    assert calls[2:] == [[0, 1], [2, 3], [4]]
+    with pytest.raises(UserError, match="out-word_ablation-hallucination.jsonl keeps what was found with other flags"):
+        experiment(monkeypatch, tmp_path, folder, *flags, "--seed", 1)
+    assert path.read_text() == whole
+    experiment(monkeypatch, tmp_path, folder, *flags, "--limit", 3)
+    assert len(calls) == 2 and path.read_text() == whole
+    path.unlink()
+    experiment(monkeypatch, tmp_path, folder, *flags, "--limit", 3)
+    experiment(monkeypatch, tmp_path, folder, *flags)
+    assert calls[2:] == [[0, 1], [2], [3, 4]] and len(path.read_text().splitlines()) == len(whole.splitlines())
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--batch_size", 0], "--batch_size must be at least 1"), (["--workers", -1], "--workers must be at least 0"), (["--output", "."], "is a folder"),
+])  # fmt: skip
+def test_mistakes_are_told_before_anything_is_read(monkeypatch, flags, told):
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, flags)])
+    with pytest.raises(UserError, match=told):
+        evaluation.main()
 
 
 def test_predictions_cannot_be_explained(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """preparedataset: the real file formats in, the prepared dataset out. Mistakes are in test_bad_input.py."""
 
+import json
 import random
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def test_scenes_are_redrawn_for_other_parameters_only(tmp_path, monkeypatch):
     parameters = {"train": 2, "val": 1, "test": 1, "size": 64, "bias": 0.9, "test_bias": 0.5, "seed": 0}
     draw_scenes(tmp_path, tmp_path, **parameters)
     (tmp_path / "features-x.h5").touch()
-    (tmp_path / "info.json").touch()
+    (tmp_path / "info.json").write_text(json.dumps({"name": "scenes", "images_root": "."}))
     draw_scenes(tmp_path, tmp_path, **parameters)
     assert len(drawn) == 1 and (tmp_path / "features-x.h5").exists()
     with pytest.raises(UserError):
@@ -215,6 +216,21 @@ def test_scenes_are_redrawn_for_other_parameters_only(tmp_path, monkeypatch):
     assert (tmp_path / "features-x.h5").exists() and (tmp_path / "info.json").exists()
     draw_scenes(tmp_path, tmp_path, **{**parameters, "seed": 1})
     assert len(drawn) == 2 and not (tmp_path / "features-x.h5").exists() and not (tmp_path / "info.json").exists()
+
+
+def test_features_of_other_drawings_do_not_stay(tmp_path, monkeypatch):
+    """Two folders of scenes of the same names, prepared one after another into the same output."""
+    monkeypatch.setattr(preparedataset.scenes, "write_scenes", lambda root, **parameters: None)
+    parameters = {"train": 2, "val": 1, "test": 1, "size": 64, "bias": 0.9, "test_bias": 0.5}
+    roots, output = [tmp_path / "a", tmp_path / "b"], tmp_path / "out"
+    output.mkdir()
+    for seed, root in enumerate(roots):
+        draw_scenes(root, output, **parameters, seed=seed)
+    for root, stays in ((roots[0], True), (roots[1], False)):
+        (output / "features-x.h5").touch()
+        (output / "info.json").write_text(json.dumps({"name": "scenes", "images_root": str(roots[0])}))
+        draw_scenes(root, output, **parameters, seed=roots.index(root))
+        assert (output / "features-x.h5").exists() == stays
 
 
 class TinyEncoder(nn.Module):

@@ -175,6 +175,43 @@ def test_no_fine_tuning_takes_the_file_of_another():
     assert len(set(outputs)) == 6 and outputs[3] == "checkpoints/scenes-gridtd-lrp_tune.pt"
 
 
+def test_a_resumed_training_goes_on_in_its_own_file(folder, tmp_path, monkeypatch):
+    """Whatever it was called; and what a fine-tuning starts from names the file that it goes to."""
+    flags = ["--dataset", folder, *SMALL, "--pretrain_epochs", 0]
+    run(monkeypatch, *flags, "--model_type", "aoa", "--epochs", 1, "--output", tmp_path / "one.pt")
+    resumed = ["--resume", f"{tmp_path}/one.last.pt"]
+    assert train.parse_arguments(resumed).output == f"{tmp_path}/one.pt"
+    assert train.parse_arguments([*resumed, "--cider_tune"]).output == f"{tmp_path}/one-cider_tune.pt"
+    run(monkeypatch, *flags, "--cider_tune", "--max_iterations", 2, "--resume", tmp_path / "one.pt")
+    tuned = tmp_path / "one-cider_tune.last.pt"
+    assert tuned.exists() and train.parse_arguments(["--cider_tune", "--resume", str(tuned)]).output == str(tmp_path / "one-cider_tune.pt")
+    with pytest.raises(UserError, match="to go on with it give --cider_tune too"):
+        run(monkeypatch, *flags, "--resume", tuned)
+    for name, value, told in (("seed", 1, "--seed 0, not 1"), ("schedule", "constant", "--schedule cosine, not constant"), ("batch_size", 4, "--batch_size 8, not 4")):
+        with pytest.raises(UserError, match=told):
+            run(monkeypatch, *flags, "--model_type", "aoa", *resumed, f"--{name}", value)
+
+
+def test_a_captioner_with_an_encoder_of_its_own_is_tuned_on_images(folder, tmp_path, monkeypatch, capsys):
+    """Where the cached features are of other weights."""
+    copy = shutil.copytree(folder, tmp_path / "scenes")
+    run(monkeypatch, "--dataset", copy, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt")
+    cache_features(copy, train.build_encoder("scenes_vgg", "random"), workers=0)
+    run(monkeypatch, "--dataset", copy, *SMALL, "--cider_tune", "--max_iterations", 1, "--resume", tmp_path / "it.pt")
+    assert "so the images are read" in capsys.readouterr().out and (tmp_path / "it-cider_tune.pt").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9, 10, 11, 20])
+def test_a_cosine_of_any_number_of_steps_comes_down(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    scheduler, rates = train.one_cycle(optimizer, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[-1] < 1e-4 or steps == 1
+
+
 @pytest.mark.parametrize("model_type", ["adaptive", "aoa"])
 def test_the_other_captioners_train_too(folder, tmp_path, monkeypatch, model_type):
     output = tmp_path / "it.pt"
