@@ -78,7 +78,11 @@ TUNING = {
     "cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
     "lrp_cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
 }
-ONLY_WITH = dict.fromkeys(("lrp_lambda", "lrp_form"), ("lrp_tune",)) | dict.fromkeys(("samples", "scst_baseline", "bleu_weight"), ("cider_tune", "lrp_cider_tune"))
+ONLY_WITH = {  # flags of fine-tuning: its modes that take them
+    "start_share": MODES,
+    **dict.fromkeys(("lrp_lambda", "lrp_form"), ("lrp_tune",)),
+    **dict.fromkeys(("samples", "scst_baseline", "bleu_weight"), ("cider_tune", "lrp_cider_tune")),
+}
 TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {
     "epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0, "ema_decay": 0.0, "label_smoothing": 0.0,
 }  # fmt: skip
@@ -90,7 +94,7 @@ CHECK_EVERY = 50  # steps after which the losses are looked at; looking waits fo
 LIMITS = {  # of the flags, both included
     **dict.fromkeys(("epochs", "batch_size", "embed_dim", "hidden_dim", "num_head", "max_iterations", "checkpoint_every", "samples"), (1, math.inf)),
     **dict.fromkeys(("pretrain_epochs", "workers", "decoder_lr", "encoder_lr", "grad_clip", "grad_norm", "bleu_weight"), (0, math.inf)),
-    **dict.fromkeys((*DROPOUTS, "ema_decay", "label_smoothing", "ss_prob", "lrp_lambda"), (0, 1)), "adam_beta1": (0, 0.9999), "captions_per_image": (1, 5),
+    **dict.fromkeys((*DROPOUTS, "ema_decay", "label_smoothing", "ss_prob", "start_share", "lrp_lambda"), (0, 1)), "adam_beta1": (0, 0.9999), "captions_per_image": (1, 5),
 }  # fmt: skip
 
 
@@ -235,31 +239,49 @@ class TrainingStep(nn.Module):
 
 
 class WeightAverage:
-    """The exponential moving average of a captioner's weights, which captions better than the last of them: `captioner`, the same
-    object where decay is 0. It forgets faster at first, when there is little worth remembering."""
+    """What is validated and kept of a training: the exponential moving average of the captioner's weights, which captions better
+    than the last of them, and in fine-tuning `start_share` of the weights that it started from (Wortsman et al. 2022), which makes
+    up for learning the few training images by heart. The average forgets faster at first, when there is little worth remembering."""
 
-    def __init__(self, captioner, decay):
-        self.source, self.decay = captioner, decay
-        self.captioner = copy.deepcopy(captioner).requires_grad_(False) if decay else captioner
+    def __init__(self, captioner, decay, start_share=0.0):
+        self.source, self.decay, self.start_share = captioner, decay, start_share
+        self.average = copy.deepcopy(captioner).requires_grad_(False) if decay else captioner
+        self.start = copy.deepcopy(captioner).requires_grad_(False) if start_share else None
+
+    def captioner(self):
+        """The captioner to keep: the very one that is trained if neither is wanted."""
+        if not self.start_share:
+            return self.average
+        kept = copy.deepcopy(self.average).requires_grad_(False)
+        self._lerp(kept, self.start, self.start_share)
+        return kept
+
+    def _lerp(self, captioner, other, weight):
+        """Move a captioner's weights that far to another's; but what is frozen keeps every bit, -0.0 too."""
+        trained = [part.requires_grad for part in self.source.parameters()]
+        pairs = [pair for pair, wanted in zip(zip(captioner.parameters(), other.parameters()), trained) if wanted]
+        torch._foreach_lerp_(*map(list, zip(*pairs)), weight)
 
     @torch.no_grad()
     def update(self, steps):
         """Take in the weights after so many steps."""
         if self.decay:
-            weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-            pairs = zip(self.captioner.parameters(), self.source.parameters())
-            torch._foreach_lerp_(*map(list, zip(*(pair for pair in pairs if pair[1].requires_grad))), weight)  # frozen: to the last bit, -0.0 too
-            for own, new in zip(self.captioner.buffers(), self.source.buffers()):
+            self._lerp(self.average, self.source, 1 - min(self.decay, (1 + steps) / (10 + steps)))
+            for own, new in zip(self.average.buffers(), self.source.buffers()):
                 own.copy_(new)
 
+    def _parts(self):
+        return {"average": self.average if self.decay else None, "start": self.start}
+
     def state_dict(self):
-        """The average alone; nothing where there is none."""
-        return self.captioner.state_dict() if self.decay else {}
+        """What is there of average and start."""
+        return {name: part.state_dict() for name, part in self._parts().items() if part}
 
     def load_state_dict(self, state):
-        """Put back what `state_dict` gave."""
-        if self.decay:
-            self.captioner.load_state_dict(state)
+        """Put back what `state_dict` gave. KeyError if that was of other flags."""
+        for name, part in self._parts().items():
+            if part:
+                part.load_state_dict(state[name])
 
 
 class Progress:
@@ -308,7 +330,7 @@ def fit(captioner, train_set, val_set, args):
     output, objective = Path(args.output), build_objective(captioner, train_set, args)
     steps = args.epochs * max(1, len(train_set) // args.batch_size)
     optimizer, scheduler = build_optimizer(captioner, args, min(steps, args.max_iterations or steps))
-    average = WeightAverage(captioner, args.ema_decay)
+    average = WeightAverage(captioner, args.ema_decay, args.start_share)
     step = TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16)
     progress = Progress()
     if args.goes_on:
@@ -336,13 +358,14 @@ def fit(captioner, train_set, val_set, args):
     while progress.epoch <= args.epochs and progress.iterations < (args.max_iterations or float("inf")):
         started = time.perf_counter()
         train_epoch(step, train_set, average, optimizer, scheduler, progress, args, save_last)
-        metrics = validate(average.captioner, val_set, objective, args)
+        kept = average.captioner()
+        metrics = validate(kept, val_set, objective, args)
         if args.schedule == "plateau":
             scheduler.step(metrics["CIDEr"])
         show(progress.finish_epoch(metrics, time.perf_counter() - started))
         if metrics["CIDEr"] > progress.best or args.mode != "cross_entropy" or not output.exists():
             progress.best = metrics["CIDEr"]
-            save(average.captioner, output)
+            save(kept, output)
         save_last()
         if distributed.is_main():
             write_history(output, progress.history)
@@ -480,6 +503,7 @@ def add_tuning_flags(tuning):
     modes.add_argument("--lrp_tune", action="store_true", help="LRP-inference with cross-entropy")
     modes.add_argument("--lrp_cider_tune", action="store_true", help="LRP-inference with SCST")
     flag = tuning.add_argument
+    flag("--start_share", type=float, default=0.0, help="of the weights that are validated and kept, the share of those that fine-tuning started from (default: %(default)s)")
     flag("--lrp_lambda", type=float, default=0.5, help="share of the plain cross-entropy, 0 to 1; 1 is the baseline without LRP (default: %(default)s)")
     flag("--lrp_form", choices=("last_layer", "image"), default="last_layer", help="weights from the last layer's relevance, or from the image's heat map as in the paper's earlier version (default: %(default)s)")
     flag("--samples", type=int, default=5, help="captions that SCST draws of an image (default: %(default)s)")
