@@ -362,3 +362,15 @@ def test_tuning_in_bfloat16(trained, tmp_path, monkeypatch, flags):
     rows = tune(monkeypatch, trained, tmp_path / "it.pt", *flags, "--max_iterations", 2, "--bfloat16")
     assert all(value.dtype == torch.float32 for key, value in read_checkpoint(tmp_path / "it.pt")["state_dict"].items() if "num_batches" not in key)
     assert rows[-1]["loss"] == rows[-1]["loss"]
+
+
+def test_a_share_of_the_start_is_kept_also_when_resumed(trained, tmp_path, monkeypatch):
+    flags = ["--lrp_tune", "--decoder_lr", 1e-2, "--start_share", 0.25, "--ema_decay", 0.5]
+    tune(monkeypatch, trained, tmp_path / "whole.pt", *flags, "--max_iterations", 6)
+    tune(monkeypatch, trained, tmp_path / "parts.pt", *flags, "--max_iterations", 3)  # an epoch
+    tune(monkeypatch, trained, tmp_path / "parts.pt", *flags, "--max_iterations", 6, "--resume", tmp_path / "parts.last.pt")
+    whole, parts, start = (read_checkpoint(path)["state_dict"] for path in (tmp_path / "whole.pt", tmp_path / "parts.pt", trained / "gridtd.pt"))
+    average = read_checkpoint(tmp_path / "whole.last.pt")["training"]["average"]["average"]
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    torch.testing.assert_close(whole["fc.weight"], 0.75 * average["fc.weight"] + 0.25 * start["fc.weight"])
+    assert not torch.allclose(average["fc.weight"], start["fc.weight"])
