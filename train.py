@@ -182,8 +182,6 @@ def load_datasets(args, folder, image_size, trained=None):
             print(f"the cached {args.encoder} features come from other weights than this captioner's, so the images are read")
     if cached:
         versions = versions_of(folder, args.encoder) if args.augment else 0
-        if args.augment and not versions and distributed.is_main():
-            print("no augmented features are cached, so no image is augmented; preparedataset.py --augment K would cache some")
         return CaptionDataset(folder, "train", features=args.encoder, versions=versions), CaptionDataset(folder, "val", features=args.encoder)
     if image_size is None:
         raise UserError(f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER")
@@ -643,6 +641,8 @@ def train(args, device):
             raise UserError(f"--cache_in_memory needs cached features; run preparedataset.py --features {args.encoder}")
         cache_in_memory((train_set, val_set), device)
         args.workers = 0  # they would copy what is at hand
+    if args.augment and train_set.features and not versions_of(folder, args.encoder) and distributed.is_main():
+        print("no augmented features are cached, so no image is augmented; preparedataset.py --augment K would cache some")
     fit(captioner, train_set, val_set, args)
 
 

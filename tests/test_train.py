@@ -168,13 +168,14 @@ def test_features_of_other_weights_are_refused(folder, monkeypatch):
         train.check_cache(Cached, train.build_encoder("scenes_vgg", "random"))
 
 
-def test_training_on_cached_features_takes_the_encoder_that_made_them(folder, tmp_path, monkeypatch):
+def test_training_on_cached_features_takes_the_encoder_that_made_them(folder, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(folder, tmp_path / "scenes")
     torch.manual_seed(5)
     encoder = train.build_encoder("scenes_vgg", "random")
     cache_features(copy, encoder, workers=0)
     shutil.rmtree(copy / "train")  # the images are not needed any more
-    run(monkeypatch, "--dataset", copy, *SMALL, "--epochs", 1, "--output", tmp_path / "it.pt")
+    run(monkeypatch, "--dataset", copy, *SMALL, "--epochs", 1, "--augment", "--output", tmp_path / "it.pt")
+    assert "so no image is augmented" in capsys.readouterr().out
     trained = load_captioner(tmp_path / "it.pt").encoder
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in encoder.state_dict().items())
 
