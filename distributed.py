@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commandline import UserError, choose_device
 
-PATIENCE = timedelta(hours=12)  # with the main process, which measures captions for all; PyTorch's 30 minutes are less than BERTScore may take
+PATIENCE = timedelta(hours=12)  # with the slowest process: a share of the experiments takes hours, and PyTorch waits 30 minutes
 
 
 def rank():

@@ -333,6 +333,12 @@ def evaluate(args, device):
     dataset.entries = dataset.entries[: args.limit]
     stem = output_stem(args, f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
     chosen = ["captions", *SUMMARIES] if "all" in args.experiment else args.experiment
+    names = [name for name in SUMMARIES if name in chosen]
+    if names:
+        own = extended(stem, f"-{'all' if names == list(SUMMARIES) else '-'.join(names)}")
+        records = examine_split(captioner, dataset, names, args, own, files)  # first, for it may find records of other flags
+        if distributed.is_main():
+            report(records, names, captioner, args, own)
     if "captions" in chosen:
         captions, found = caption_split(captioner, dataset, args)
         rows = [{"image_id": entry["image_id"], "caption": captions.predictions[index]} for index, entry in enumerate(dataset.entries)]
@@ -340,12 +346,6 @@ def evaluate(args, device):
             row |= {"others": [" ".join(words) for words in found[index][1:]]} if len(found[index]) > 1 else {}
         if distributed.is_main():
             score(captions, rows, args, stem)
-    names = [name for name in SUMMARIES if name in chosen]
-    if names:
-        stem = extended(stem, f"-{'all' if names == list(SUMMARIES) else '-'.join(names)}")
-        records = examine_split(captioner, dataset, names, args, stem, files)
-        if distributed.is_main():
-            report(records, names, captioner, args, stem)
 
 
 def check_arguments(args):

@@ -175,14 +175,13 @@ def load_datasets(args, folder, image_size, trained=None):
     """The train and val split: of cached features if there are some, of the weights of a `trained` captioner's encoder if there is
     one, and no pixels are needed; else of images."""
     needs_pixels = args.finetune_encoder or args.mode == "lrp_tune" and args.lrp_form == "image"
-    cached = features_path(folder, args.encoder).exists() and not needs_pixels
-    if cached and trained and not is_of_encoder(CaptionDataset(folder, "train", features=args.encoder), trained.encoder):
-        cached = False
+    if features_path(folder, args.encoder).exists() and not needs_pixels:
+        versions = versions_of(folder, args.encoder) if args.augment else 0
+        train_set = CaptionDataset(folder, "train", features=args.encoder, versions=versions)
+        if trained is None or is_of_encoder(train_set, trained.encoder):
+            return train_set, CaptionDataset(folder, "val", features=args.encoder)
         if distributed.is_main():
             print(f"the cached {args.encoder} features come from other weights than this captioner's, so the images are read")
-    if cached:
-        versions = versions_of(folder, args.encoder) if args.augment else 0
-        return CaptionDataset(folder, "train", features=args.encoder, versions=versions), CaptionDataset(folder, "val", features=args.encoder)
     if image_size is None:
         raise UserError(f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER")
     train_set = CaptionDataset(folder, "train", image_transform(image_size, args.augment))
