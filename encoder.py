@@ -145,11 +145,10 @@ def build_encoder(name, weights=None):
         raise UserError(f"there is no encoder '{name}'; choose from {', '.join(ENCODERS)}")
     encoder = Encoder(name)
     pretrained = ENCODERS[name].pretrained
-    if weights not in (None, "random"):
-        _load_weights(encoder.net, _read_state_dict(weights), weights)
-    elif weights is None and pretrained:
-        _load_weights(encoder.net, _download(pretrained), f"torchvision's {pretrained}")
-        if pretrained == "inception_v3":
+    if weights not in (None, "random") or weights is None and pretrained:
+        state = _download(pretrained) if weights is None else _read_state_dict(weights)
+        _load_weights(encoder.net, state, weights or f"torchvision's {pretrained}")
+        if pretrained == "inception_v3" and {"fc.weight", "Conv2d_1a_3x3.conv.weight"} <= state.keys():  # torchvision's whole network
             _fold_input_transform(encoder.net.Conv2d_1a_3x3)
     return encoder.eval().requires_grad_(False)
 
