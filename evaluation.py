@@ -12,6 +12,7 @@ reason and the command that mends it. What the experiments find is kept image by
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,13 +21,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from captiondata import CaptionDataset, files_hash, image_transform, padded
+from captiondata import CaptionDataset, image_transform, padded
 from captioner import METHODS, evaluating, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
 from commandline import (
     CommandLine, UserError, add_common_flags, choose_device, extended, file_hash, provenance, read_json, run, set_seed, write_atomically, write_json
 )  # fmt: skip
-from decoding import add_decoding_flags, decoding_options
+from decoding import OPTIONS, add_decoding_flags, decoding_options
 from experiments import SUMMARIES, THRESHOLDS, Examiner
 from preparedataset import coco_categories, read_coco_json
 from pycocoevalcap.chair.chair import object_phrases
@@ -120,7 +121,7 @@ def read_captions(args):
     annotated, categories = read_instances(args, predictions)
     corpus = sentences_of(args.train_annotations) if args.train_annotations else None
     references = {key: references[key] for key in predictions}
-    words = choose_object_words(args.object_words or "coco", "coco", corpus or references, categories)
+    words = choose_object_words(args.object_words, "coco", corpus, categories)
     return Captions(predictions, references, annotated, categories, corpus, words, **tools(args))
 
 
@@ -128,19 +129,29 @@ def read_predictions(path):
     """{image id: caption} of a file in COCO's results format, or of a result of this script."""
     rows = read_json(path)
     rows = rows.get("captions") if isinstance(rows, dict) else rows
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows):
-        raise UserError(f"{path} is not in COCO's results format: it needs a list of objects with image_id and caption")
-    predictions = {row["image_id"]: str(row["caption"]) for row in rows}
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and is_result(row) for row in rows):
+        raise UserError(f"{path} is not in COCO's results format: it needs a list of objects with image_id and caption, a text")
+    predictions = {row["image_id"]: valid_text(row["caption"]) for row in rows}
     if len(predictions) < len(rows):
         raise UserError(f"{path} has more than one caption of an image")
     return predictions
+
+
+def is_result(row):
+    """Whether a dict is one image's caption in COCO's results format."""
+    return isinstance(row.get("image_id"), (int, str)) and isinstance(row.get("caption"), str)
+
+
+def valid_text(text):
+    """The text with a question mark for each half of a character (a lone surrogate), which JSON allows and UTF-8 does not."""
+    return text.encode(errors="replace").decode()
 
 
 def sentences_of(path):
     """{image id: raw captions} of a COCO captions file."""
     sentences = {}
     for annotation in read_coco_json(Path(path), "captions")["annotations"]:
-        sentences.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        sentences.setdefault(annotation["image_id"], []).append(valid_text(annotation["caption"]))
     return sentences
 
 
@@ -161,16 +172,18 @@ def read_instances(args, keys):
     return annotated, coco_categories(data)
 
 
-def examine_split(captioner, dataset, names, args, stem, files):
-    """Run the named experiments on a split; returns the records of all images, which are kept in STEM.jsonl as they come. files: the
-    hash of the whole split's files, of which `dataset` may be a part."""
+def examine_split(captioner, dataset, names, args, stem):
+    """Run the named experiments on a split; returns the records of all images, which are kept in STEM.jsonl as they come."""
     if captioner.encoder.given:
         raise UserError("the experiments need the images' pixels, and bottom-up features come without them")
     path, decoding = extended(stem, ".jsonl"), decoding_options(args)
     train = {index: entry["captions"] for index, entry in enumerate(read_json(dataset.folder / "train.json"))}
     categories = dataset.info["categories"]
     words = choose_object_words(args.object_words, dataset.info["name"], train, categories)
-    header = {"checkpoint": file_hash(args.checkpoint), "methods": args.methods, "experiments": names, "decoding": decoding, "seed": args.seed, "images": files}
+    header = {
+        "checkpoint": file_hash(args.checkpoint), "dataset": [file_hash(dataset.folder / f"{name}.json") for name in (dataset.split, "info")],
+        "methods": args.methods, "experiments": names, "object_words": words, "decoding": decoding, "seed": args.seed
+    }  # fmt: skip
     records = distributed.from_main(collect_records(path, header) if distributed.is_main() else None)
     own = path if distributed.is_main() else path.with_suffix(f".{distributed.rank()}.jsonl")
     write_lines(own, [json.dumps(header)] if own != path else [], "a")
@@ -192,7 +205,8 @@ def examine_split(captioner, dataset, names, args, stem, files):
 def collect_records(path, header):
     """{index: record} of what was kept under this header by earlier runs, whatever their number of processes; it is then in the one
     file `path`, of complete lines. UserError if something else was kept there."""
-    parts, records = [path, *path.parent.glob(f"{path.stem}.*.jsonl")], {}
+    others = [part for part in path.parent.glob("*.jsonl") if re.fullmatch(rf"{re.escape(path.stem)}\.\d+\.jsonl", part.name)]
+    parts, records = [path, *others], {}
     for part in parts:
         *lines, _ = part.read_text().split("\n") if part.exists() else [""]  # the last is empty, or was cut by a kill
         if lines and json.loads(lines[0]) != header:
@@ -200,7 +214,7 @@ def collect_records(path, header):
         records |= {record["index"]: record for record in map(json.loads, lines[1:])}
     with write_atomically(path) as temporary:
         write_lines(temporary, map(json.dumps, [header, *records.values()]))
-    for part in parts[1:]:
+    for part in others:
         part.unlink()
     return records
 
@@ -311,8 +325,9 @@ def show(values, unavailable, tokens):
 
 def main():
     """Caption a split or read captions, measure, print and write; run the experiments that were asked for."""
-    args = build_parser().parse_args()
-    check_arguments(args)
+    parser = build_parser()
+    args = parser.parse_args()
+    check_arguments(args, parser)
     set_seed(args.seed)
     if args.predictions:
         captions = read_captions(args)
@@ -329,14 +344,13 @@ def evaluate(args, device):
     folder = dataset_folder(args.dataset)
     captioner = load_captioner(args.checkpoint, device)
     dataset = open_split(folder, args.split, captioner.encoder)
-    files = files_hash(dataset.entries)
     dataset.entries = dataset.entries[: args.limit]
     stem = output_stem(args, f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
     chosen = ["captions", *SUMMARIES] if "all" in args.experiment else args.experiment
     names = [name for name in SUMMARIES if name in chosen]
     if names:
         own = extended(stem, f"-{'all' if names == list(SUMMARIES) else '-'.join(names)}")
-        records = examine_split(captioner, dataset, names, args, own, files)  # first, for it may find records of other flags
+        records = examine_split(captioner, dataset, names, args, own)  # first, for it may find records of other flags
         if distributed.is_main():
             report(records, names, captioner, args, own)
     if "captions" in chosen:
@@ -348,18 +362,24 @@ def evaluate(args, device):
             score(captions, rows, args, stem)
 
 
-def check_arguments(args):
+def check_arguments(args, parser):
     """UserError for flags that make no sense, or not together."""
     for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}")
-    if args.output and (not Path(args.output).name or Path(args.output).is_dir()):
-        raise UserError(f"--output {args.output} is a folder; give the name of a .json file")
-    stray = [name for name in ("annotations", "instances", "train_annotations") if getattr(args, name) and not args.predictions]
-    if stray:
-        raise UserError(f"--{stray[0]} goes with --predictions, the captions to score")
-    if args.predictions and args.experiment != ["captions"]:
-        raise UserError(f"--experiment {' '.join(args.experiment)} needs a captioner; --predictions are captions only")
+    if args.output is not None and (not output_stem(args, "").name or Path(args.output).is_dir()):
+        raise UserError(f"--output {args.output} is not the name of a .json file")
+    given = {action.dest for action in parser._actions if getattr(args, action.dest, None) != action.default}
+    of_predictions = {"annotations", "instances", "train_annotations"} & given
+    of_captioner = {"checkpoint", "dataset", "split", "experiment", "limit", "batch_size", "workers", "decoding", "max_length", "strip", *OPTIONS} & given
+    if of_predictions and not args.predictions:
+        raise UserError(f"--{min(of_predictions)} goes with --predictions, the captions to score")
+    if of_captioner and args.predictions:
+        raise UserError(f"--{min(of_captioner)} goes with a captioner; --predictions are captions already")
+    if "methods" in given and args.experiment == ["captions"]:
+        raise UserError("--methods goes with --experiment, what to do with the explanations")
+    if args.predictions and args.object_words == "train" and not args.train_annotations:
+        raise UserError("--object_words train needs --train_annotations, the captions to count the words of")
     decoding_options(args)
 
 

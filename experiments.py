@@ -23,6 +23,7 @@ PATCH, PATCHES, PATCH_IMAGE = 8, 20, 224  # the 20 best patches of 8x8 pixels of
 SHARES = tuple(step / 10 for step in range(11))  # of the patches deleted or inserted
 THRESHOLDS = tuple(step / 10 for step in range(10))  # Figure 3
 NEVER_NEGATIVE = ("attention", "gradcam")  # maps
+MEANS = ("mean", "mean positive", "mean size")  # of statistics_of
 SIGNED_WORDS = ("lrp",)  # whose largest word relevance counts, not its largest size
 
 
@@ -223,7 +224,7 @@ class Examiner:
         records = [{"index": index, "caption": words} for index, words in zip(indices, captions)]
         cases = [
             Case(images[place], features[place], captions[place], {method: found[row] for method, found in explained.items()},
-                 entries[place], random.Random(f"{self.seed} {indices[place]}"), self.phrases)
+                 entries[place], f"{self.seed} {indices[place]}", find_objects(captions[place], self.phrases))
             for row, place in enumerate(spoken)
         ]  # fmt: skip
         for name in self.wanted:
@@ -237,11 +238,11 @@ class Examiner:
         for case in cases:
             rows.append([])
             sequences.append([])
-            ids = self.captioner.vocabulary.encode(case.words)
-            for position, kind in sorted({**case.stop_words(), **case.object_positions()}.items()):
+            ids, generator = self.captioner.vocabulary.encode(case.words), random.Random(f"words {case.seed}")
+            for position, kind in sorted({**case.stop_words(), **dict.fromkeys(case.named, "object")}.items()):
                 if position < FIRST_TARGET:
                     continue
-                deleted = {"random": random_words(position, case.random)}
+                deleted = {"random": random_words(position, generator)}
                 for method, explanation in case.explained.items():
                     if method != "attention":  # it says nothing of words
                         deleted[method] = related_words(explanation.word_relevance[position], position, method in SIGNED_WORDS)
@@ -259,10 +260,10 @@ class Examiner:
         probability drops there; and its mean probability while the patches are deleted, or inserted, best first."""
         rows, changed = [[] for _ in cases], []
         for image, case in zip(rows, cases):
-            shape = case.pixels.shape[1:]
-            for position in case.object_positions():
+            shape, generator = case.pixels.shape[1:], random.Random(f"patches {case.seed}")
+            for position in case.named:
                 orders = {method: patch_order(explanation.image_relevance[position]) for method, explanation in case.explained.items()}
-                orders["random"] = random_order(shape, case.random)
+                orders["random"] = random_order(shape, generator)
                 before = next(iter(case.explained.values())).probabilities[position].item()
                 image.append({"word": case.words[position], "gone": {}, "drop": {}})
                 image[-1] |= self._deletion_and_insertion(case, position, orders)
@@ -296,7 +297,10 @@ class Examiner:
 
     def correctness(self, cases):
         """For each word that names an annotated object: where the positive and the negative relevance lies."""
-        return [[self._localised(case, position, category) for position, category in case.true_positions().items()] for case in cases]
+        return [
+            [self._localised(case, position, category) for position, category in case.named.items() if category in case.annotated]
+            for case in cases
+        ]
 
     def _localised(self, case, position, category):
         things = [thing for thing in case.entry["objects"] if thing["category"] == category]
@@ -322,47 +326,44 @@ class Examiner:
         rows = []
         for case in cases:
             references = {word for sentence in case.entry["captions"] for word in tokenize(sentence)}
-            categories = {category for category in (thing["category"] for thing in case.entry["objects"])}
-            named = case.object_positions()
             rows.append([])
             for position, word in enumerate(case.words):
                 if word in self.object_words:
                     scores = {method: statistics_of(explanation.image_relevance[position]) for method, explanation in case.explained.items()}
                     beta = next(iter(case.explained.values())).beta
                     scores |= {"1 - beta": {"value": 1 - beta[position].item()}} if beta is not None else {}
-                    shown = case.category_at(position) in categories if categories and position in named else None
+                    for name in MEANS if "attention" in scores else ():  # attention sums to 1, so these are 1 / pixels for every word
+                        del scores["attention"][name]
+                    shown = case.named[position] in case.annotated if case.annotated and position in case.named else None
                     rows[-1].append({"word": word, "supported": word in references, "shown": shown, "scores": scores})
         return rows
 
 
 @dataclass
 class Case:
-    """One image, its caption and what explains it."""
+    """One image, its caption and what explains it; `seed` of the random baselines, `objects` as of find_objects."""
 
     pixels: torch.Tensor
     features: torch.Tensor
     words: list
     explained: dict
     entry: dict
-    random: random.Random
-    phrases: dict
+    seed: str
+    objects: list
 
-    def object_positions(self):
-        """{position: "object"} of the words that name an object; of a compound its last word."""
-        return {stop - 1: "object" for _, _, stop in find_objects(self.words, self.phrases)}
+    @property
+    def named(self):
+        """{position: category} of the words that name an object; of a compound its last word."""
+        return {stop - 1: category for category, _, stop in self.objects}
+
+    @property
+    def annotated(self):
+        """The categories of the annotated objects."""
+        return {thing["category"] for thing in self.entry["objects"]}
 
     def stop_words(self):
         """{position: "stop"} of the stop words."""
         return {position: "stop" for position, word in enumerate(self.words) if word in STOP_WORDS}
-
-    def category_at(self, position):
-        """The category that the word at a position names."""
-        return next(category for category, _, stop in find_objects(self.words, self.phrases) if stop - 1 == position)
-
-    def true_positions(self):
-        """{position: category} of the words that name an annotated object."""
-        annotated = {thing["category"] for thing in self.entry["objects"]}
-        return {stop - 1: category for category, _, stop in find_objects(self.words, self.phrases) if category in annotated}
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -373,10 +374,8 @@ PAPER = {
                                  ("object", "gradient"): 0.4804, ("object", "random"): 0.1176},
                       "adaptive": {("stop", "lrp"): 0.9032, ("stop", "gradient"): 0.9025, ("stop", "random"): 0.7832, ("object", "lrp"): 0.9206,
                                    ("object", "gradient"): 0.9297, ("object", "random"): 0.8430}},
-    "hallucination": {"gridtd": {("lrp", "max"): 0.61, ("lrp", "mean"): 0.64, ("guided_gradcam", "mean size"): 0.54, ("attention", "mean"): 0.53,
-                                 ("1 - beta", "value"): 0.54, ("guided_gradcam", "mean"): 0.45},
-                      "adaptive": {("lrp", "max"): 0.66, ("lrp", "mean"): 0.64, ("guided_gradcam", "mean size"): 0.58, ("attention", "mean"): 0.51,
-                                   ("1 - beta", "value"): 0.53, ("guided_gradcam", "mean"): 0.42}},
+    "hallucination": {"gridtd": {("lrp", "max"): 0.61, ("lrp", "mean"): 0.64, ("guided_gradcam", "mean size"): 0.54, ("1 - beta", "value"): 0.54, ("guided_gradcam", "mean"): 0.45},
+                      "adaptive": {("lrp", "max"): 0.66, ("lrp", "mean"): 0.64, ("guided_gradcam", "mean size"): 0.58, ("1 - beta", "value"): 0.53, ("guided_gradcam", "mean"): 0.42}},
 }  # fmt: skip
 WORD_GRADIENTS = ("gradient", "gradcam", "guided_gradcam", "guided_backprop")  # they differ in the encoder only: one word relevance
 

@@ -9,7 +9,7 @@ import torch
 
 import evaluation
 from captiondata import CaptionDataset
-from commandline import UserError
+from commandline import UserError, write_json
 from evaluation import word_scores
 from fixtures import prepared_scenes
 from preparedataset import prepare
@@ -94,9 +94,18 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     assert json.loads(path.with_suffix(".json").read_text())["tables"] == tables
     with pytest.raises(UserError, match="out-word_ablation-hallucination.jsonl keeps what was found with other flags"):
         experiment(monkeypatch, tmp_path, folder, *flags, "--seed", 1)
+    with pytest.raises(UserError, match="with other flags"):
+        experiment(monkeypatch, tmp_path, folder, *flags, "--object_words", "coco")
+    split = (folder / "test.json").read_bytes()
+    write_json(folder / "test.json", [entry | {"captions": entry["captions"][::-1]} for entry in json.loads(split)])
+    with pytest.raises(UserError, match="with other flags"):
+        experiment(monkeypatch, tmp_path, folder, *flags)
+    (folder / "test.json").write_bytes(split)
+    neighbour = tmp_path / "out-word_ablation-hallucination.b.jsonl"  # of an --output of its own
+    neighbour.write_text(whole)
     assert path.read_text() == whole
     experiment(monkeypatch, tmp_path, folder, *flags, "--limit", 3)
-    assert len(calls) == 2 and path.read_text() == whole
+    assert len(calls) == 2 and path.read_text() == neighbour.read_text() == whole
     path.unlink()
     experiment(monkeypatch, tmp_path, folder, *flags, "--limit", 3)
     experiment(monkeypatch, tmp_path, folder, *flags)
@@ -104,17 +113,17 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--batch_size", 0], "--batch_size must be at least 1"), (["--workers", -1], "--workers must be at least 0"), (["--output", "."], "is a folder"),
+    (["--batch_size", 0], "--batch_size must be at least 1"), (["--workers", -1], "--workers must be at least 0"), (["--output", "."], "not the name of a .json file"),
+    (["--output", ".json"], "not the name of a .json file"), (["--methods", "lrp"], "--methods goes with --experiment"),
+    (["--predictions", "x.json", "--limit", 3], "--limit goes with a captioner"), (["--predictions", "x.json", "--beam_size", 9], "--beam_size goes with a captioner"),
+    (["--predictions", "x.json", "--object_words", "train"], "needs --train_annotations"), (["--instances", "x.json"], "--instances goes with --predictions"),
+    (["--temperature", "nan", "--decoding", "nucleus"], "--temperature must be from 0.001"),
+    (["--predictions", "x.json", "--experiment", "correctness"], "--experiment goes with a captioner"),
 ])  # fmt: skip
 def test_mistakes_are_told_before_anything_is_read(monkeypatch, flags, told):
     monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, flags)])
     with pytest.raises(UserError, match=told):
         evaluation.main()
-
-
-def test_predictions_cannot_be_explained(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="needs a captioner"):
-        experiment(monkeypatch, tmp_path, tmp_path, "--predictions", "x.json", "--experiment", "correctness")
 
 
 @pytest.mark.parametrize("name, root, split", [("coco2017", "coco2017", "test"), ("flickr8k", "flickr8k", "val")])

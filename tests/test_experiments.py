@@ -182,14 +182,17 @@ def test_the_random_baselines_depend_on_seed_and_image_only(examiner, monkeypatc
     captioner, images = examiner.captioner, torch.randn(2, 3, 128, 128)
     monkeypatch.setattr(captioner, "decode", lambda found, **options: [WORDS] * len(found))
     both = examiner(images, [7, 8], [ENTRY, ENTRY])
+    monkeypatch.setattr(examiner, "wanted", ["image_ablation", "word_ablation"])  # nor on which experiments there are, or their order
     alone = examiner(images[1:], [8], [ENTRY])[0]
     for row, other in zip(both[1]["word_ablation"], alone["word_ablation"]):
         assert row["drop"]["random"] == pytest.approx(other["drop"]["random"], abs=1e-6)
+    for row, other in zip(both[1]["image_ablation"], alone["image_ablation"]):
+        assert row["deletion"]["random"] == pytest.approx(other["deletion"]["random"], abs=1e-6)
 
 
 def test_deletion_and_insertion_by_hand(examiner):
     captioner, image = examiner.captioner, torch.randn(3, 128, 128)
-    case = Case(image, captioner.encode(image[None])[0], WORDS, {}, ENTRY, random.Random(0), examiner.phrases)
+    case = Case(image, captioner.encode(image[None])[0], WORDS, {}, ENTRY, "0 7", [])
     order = random_order((128, 128), random.Random(1))
     found = examiner._deletion_and_insertion(case, 1, {"lrp": order, "random": order[::-1]})
     ids = captioner.vocabulary.encode(WORDS)[:2]
