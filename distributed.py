@@ -31,6 +31,11 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def processes_here():
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def is_main():
     """Whether this process writes files and talks."""
     return rank() == 0
@@ -62,10 +67,8 @@ def job(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it may wait for the others, which wait for this process
 
 
 def shared(items):

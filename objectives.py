@@ -148,7 +148,7 @@ class ImageLRPInference(LRPInference):
                 for first in range(0, len(images), step):
                     part = slice(first, first + step)
                     found, _ = self.captioner.propagate(images[part], inputs[part, caption], words[part, caption], places[part], METHODS["lrp"], encoder)
-                    maps = found.get("image_relevance", found["region_relevance"]).flatten(2)  # (B, K, pixels)
+                    maps = found["image_relevance"].flatten(2)  # (B, K, pixels)
                     mean = maps.mean(-1) / maps.abs().amax(-1).clamp(min=torch.finfo(maps.dtype).tiny)
                     factors[part, caption] = factors[part, caption].scatter(1, places[part], 1 + mean)
         return torch.where(wanted, factors, 1.0)

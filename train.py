@@ -23,7 +23,9 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -78,17 +80,25 @@ TUNING = {
     "cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
     "lrp_cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
 }
-ONLY_WITH = {  # flags of fine-tuning: its modes that take them
+ONLY_WITH = {  # flags, and the modes that take them
+    **dict.fromkeys(("encoder", "encoder_weights", "num_head", "embed_dim", "hidden_dim", "pretrain_epochs", "max_length"), ("cross_entropy",)),
+    **dict.fromkeys(("ss_prob", "label_smoothing"), ("cross_entropy",)),
+    "captions_per_image": ("cross_entropy", "lrp_tune"),
     "start_share": MODES,
     **dict.fromkeys(("lrp_lambda", "lrp_form"), ("lrp_tune",)),
     **dict.fromkeys(("samples", "scst_baseline", "bleu_weight"), ("cider_tune", "lrp_cider_tune")),
 }
 TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {
     "epochs": 10_000, "schedule": "constant", "pretrain_epochs": 0, "ss_prob": 0.0, "ema_decay": 0.0, "label_smoothing": 0.0,
+    "max_length": None,
 }  # fmt: skip
 FLICKR_ITERATIONS = 320
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_FLOOR = 0.8, 2, 2e-5  # lr x 0.8 after 2 epochs without a gain in CIDEr
-SAME_FLAGS = ("schedule", "batch_size", "seed")  # without which a resumed training would not go on with the steps that are left
+SAME_FLAGS = (  # without which a resumed training would not end as the uninterrupted one
+    "seed", "schedule", "batch_size", "captions_per_image", "decoder_lr", "encoder_lr", "adam_beta1", "grad_clip", "grad_norm", "ema_decay",
+    "label_smoothing", "ss_prob", "finetune_encoder", "augment", "bfloat16", "start_share", "lrp_lambda", "lrp_form", "samples", "scst_baseline",
+    "bleu_weight", *DROPOUTS,
+)  # fmt: skip
 MEMORY_SHARE = 0.7  # of a GPU's free memory, or of all of the machine's, for cached features
 CHECK_EVERY = 50  # steps after which the losses are looked at; looking waits for the GPU
 LIMITS = {  # of the flags, both included
@@ -124,8 +134,8 @@ def pretrain_encoder(encoder, dataset, args, device):
     scheduler = one_cycle(optimizer, args.pretrain_epochs * len(loader))
     for epoch in range(1, args.pretrain_epochs + 1):
         dataset.epoch = -epoch  # augments otherwise than any epoch of captions
-        bar = tqdm(loader, desc=f"objects, epoch {epoch}", leave=False)
-        for images, _, indices in bar:
+        bar = tqdm(loader, desc=f"objects, epoch {epoch}", leave=False, disable=not distributed.is_main())
+        for count, (images, _, indices) in enumerate(bar):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
                 logits = classifier(encoder(images.to(device)).mean(dim=1))
             loss = F.binary_cross_entropy_with_logits(logits.float(), targets[indices].to(device))
@@ -133,7 +143,8 @@ def pretrain_encoder(encoder, dataset, args, device):
             loss.backward()
             optimizer.step()
             scheduler.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if count % CHECK_EVERY == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
     encoder.eval()
 
 
@@ -175,6 +186,8 @@ def load_datasets(args, folder, image_size, trained=None):
     """The train and val split: of cached features if there are some, of the weights of a `trained` captioner's encoder if there is
     one, and no pixels are needed; else of images."""
     needs_pixels = args.finetune_encoder or args.mode == "lrp_tune" and args.lrp_form == "image"
+    if needs_pixels and image_size is None:
+        raise UserError(f"--{'finetune_encoder' if args.finetune_encoder else 'lrp_form image'} needs pixels, and {args.encoder} features come without them")
     if features_path(folder, args.encoder).exists() and not needs_pixels:
         versions = versions_of(folder, args.encoder) if args.augment else 0
         train_set = CaptionDataset(folder, "train", features=args.encoder, versions=versions)
@@ -193,8 +206,8 @@ def cache_in_memory(datasets, device):
     """Read cached features into the device's memory or, if they do not fit there, into the machine's; UserError if not there either."""
     need = sum(dataset.features_bytes() for dataset in datasets)
     for place in dict.fromkeys((device, torch.device("cpu"))):
-        free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if need < MEMORY_SHARE * free:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.processes_here()
+        if need < MEMORY_SHARE * (torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else machine):
             for dataset in datasets:
                 dataset.load(place)
             return
@@ -244,28 +257,30 @@ class WeightAverage:
         self.source, self.decay, self.start_share = captioner, decay, start_share
         self.average = copy.deepcopy(captioner).requires_grad_(False) if decay else captioner
         self.start = copy.deepcopy(captioner).requires_grad_(False) if start_share else None
+        self._pair = self._moving(self.average), self._moving(captioner)
 
     def captioner(self):
         """The captioner to keep: the very one that is trained if neither is wanted."""
         if not self.start_share:
             return self.average
         kept = copy.deepcopy(self.average).requires_grad_(False)
-        self._lerp(kept, self.start, self.start_share)
+        torch._foreach_lerp_(self._moving(kept), self._moving(self.start), self.start_share)
         return kept
 
-    def _lerp(self, captioner, other, weight):
-        """Move a captioner's weights that far to another's; but what is frozen keeps every bit, -0.0 too."""
-        trained = [part.requires_grad for part in self.source.parameters()]
-        pairs = [pair for pair, wanted in zip(zip(captioner.parameters(), other.parameters()), trained) if wanted]
-        torch._foreach_lerp_(*map(list, zip(*pairs)), weight)
+    def _moving(self, captioner):
+        """What training moves, of a copy of the captioner: the trained parameters, and the statistics of batch-norms that are trained."""
+        parts = []
+        for module, source in zip(captioner.modules(), self.source.modules()):
+            pairs = zip(module.parameters(recurse=False), source.parameters(recurse=False))
+            trained = [own for own, theirs in pairs if theirs.requires_grad]
+            parts += trained + [buffer for buffer in module.buffers(recurse=False) if trained and buffer.is_floating_point()]
+        return parts
 
     @torch.no_grad()
     def update(self, steps):
         """Take in the weights after so many steps."""
         if self.decay:
-            self._lerp(self.average, self.source, 1 - min(self.decay, (1 + steps) / (10 + steps)))
-            for own, new in zip(self.average.buffers(), self.source.buffers()):
-                own.copy_(new)
+            torch._foreach_lerp_(*self._pair, 1 - min(self.decay, (1 + steps) / (10 + steps)))
 
     def _parts(self):
         return {"average": self.average if self.decay else None, "start": self.start}
@@ -327,22 +342,23 @@ def fit(captioner, train_set, val_set, args):
     output, objective = Path(args.output), build_objective(captioner, train_set, args)
     steps = args.epochs * max(1, len(train_set) // args.batch_size)
     optimizer, scheduler = build_optimizer(captioner, args, min(steps, args.max_iterations or steps))
-    average = WeightAverage(captioner, args.ema_decay, args.start_share)
-    step = TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16)
-    progress = Progress()
+    step = distributed.parallel(TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16))
+    average = WeightAverage(captioner, args.ema_decay, args.start_share)  # of weights that are the same in all processes by now
+    progress, last = Progress(), output.with_suffix(".last.pt")
     if args.goes_on:
         progress = restore(read_checkpoint(args.resume), captioner, average, optimizer, scheduler, args)
     elif args.mode != "cross_entropy":
         progress.history.append({"epoch": 0, "iterations": 0, **validate(captioner, val_set, objective, args)})
         show(progress.history[-1])
-    step = distributed.parallel(step)
     for path in output.parent.glob(".*") if distributed.is_main() else ():
         if re.fullmatch(rf"\.{re.escape(output.stem)}(\.last|\.training)?\.\d+\.(pt|jsonl|png)", path.name):
             path.unlink()  # of a training killed while it wrote
+    if not args.goes_on and distributed.is_main():
+        last.unlink(missing_ok=True)  # of an earlier training, with which this one, started anew by torchrun, would go on
 
     def save(captioner, path, **extra):
         metrics = progress.history[-1] if progress.history else {}
-        about = {"dataset": val_set.info["name"], "val": metrics, "epoch": progress.epoch, "mode": args.mode, "provenance": provenance(args.seed)}
+        about = {"dataset": val_set.info["name"], "val": metrics, "mode": args.mode, "provenance": provenance(args.seed)}
         if distributed.is_main():
             captioner.save(path, about=about, **extra)
 
@@ -350,9 +366,10 @@ def fit(captioner, train_set, val_set, args):
         progress.look()
         states = {name: part.state_dict() for name, part in (("average", average), ("optimizer", optimizer), ("scheduler", scheduler))}
         flags = {name: getattr(args, name) for name in SAME_FLAGS}
-        save(captioner, output.with_suffix(".last.pt"), training={**progress.state(), "mode": args.mode, **flags, **states})
+        save(captioner, last, training={**progress.state(), "mode": args.mode, "flags": flags, **states})
 
-    while progress.epoch <= args.epochs and progress.iterations < (args.max_iterations or float("inf")):
+    most = args.max_iterations or math.inf
+    while progress.epoch <= args.epochs and (progress.step or progress.iterations < most):  # an epoch under way wants its end
         started = time.perf_counter()
         train_epoch(step, train_set, average, optimizer, scheduler, progress, args, save_last)
         kept = average.captioner()
@@ -424,7 +441,7 @@ def clip(optimizer, args):
 def show(row):
     """Print the figures of an epoch."""
     if distributed.is_main():
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        print("  ".join(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in row.items()))
 
 
 def write_history(output, history):
@@ -458,12 +475,14 @@ def is_of_this_training(args):
 
 
 def restore(checkpoint, captioner, average, optimizer, scheduler, args):
-    """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model, of a training with other
-    steps, or of a longer or shorter one whose learning rates fall from its first step to its last."""
+    """Put a snapshot's state back; returns its Progress. UserError if the checkpoint is of another model, vocabulary or dataset, of a
+    training with other flags, or of a longer or shorter one whose learning rates fall from its first step to its last."""
     training, steps = checkpoint["training"], getattr(scheduler, "total_steps", None)
-    for name in SAME_FLAGS:
-        if training.get(name) != getattr(args, name):
-            raise UserError(f"--resume: that training had --{name} {training.get(name)}, not {getattr(args, name)}; give the flags it was trained with")
+    for name, value in training.get("flags", {}).items():
+        if value != getattr(args, name):
+            raise UserError(f"--resume: that training had --{name} {value}, not {getattr(args, name)}; give the flags it was trained with")
+    if "flags" not in training or checkpoint["vocabulary"] != captioner.vocabulary.words or checkpoint["config"] != asdict(captioner.config):
+        raise UserError("--resume: the checkpoint is of another captioner, vocabulary or version; give the flags and the dataset it was trained with")
     try:
         captioner.load_state_dict(checkpoint["state_dict"])
         average.load_state_dict(training["average"])
@@ -563,9 +582,11 @@ def parse_arguments(arguments=None):
             defaults["max_iterations"] = FLICKR_ITERATIONS
     parser = build_parser(defaults)
     args = parser.parse_args(arguments)
+    args.given = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
     for name, modes in ONLY_WITH.items():
-        if mode not in modes and getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name} goes with --{' or --'.join(modes)} only")
+        if mode not in modes and name in args.given:
+            kinds = ["training by cross-entropy" if mode == "cross_entropy" else f"--{mode}" for mode in modes]
+            raise UserError(f"--{name} goes with {' or '.join(kinds)} only")
     args.mode, trained = mode, f"checkpoints/{folder.name}-{args.model_type}"
     args.resume = args.resume or (None if mode == "cross_entropy" else f"{trained}.pt")
     args.goes_on = bool(args.resume) and is_of_this_training(args)
@@ -601,7 +622,10 @@ def new_captioner(args, folder, train_set, device):
         weights = encoder_path(folder, args.encoder)
     encoder = build_encoder(args.encoder, weights).to(memory_format=torch.channels_last)
     check_cache(train_set, encoder)
-    if args.pretrain_epochs and not args.resume and not train_set.features:
+    learnt = train_set.features or weights not in (None, "random") or weights is None and ENCODERS[args.encoder].pretrained
+    if train_set.features and args.pretrain_epochs and "pretrain_epochs" in args.given:
+        raise UserError("--pretrain_epochs needs images, and there are cached features, of an encoder that has learnt")
+    if args.pretrain_epochs and not args.resume and ("pretrain_epochs" in args.given or not learnt):
         pretrain_encoder(encoder.requires_grad_(True), train_set, args, device)
     names = CaptionerConfig.__dataclass_fields__.keys()
     config = CaptionerConfig(**{name: getattr(args, name) for name in names})
@@ -621,12 +645,16 @@ def train(args, device):
     set_seed(args.seed)
     if args.batch_size < distributed.world_size():
         raise UserError(f"--batch_size {args.batch_size} is less than the {distributed.world_size()} processes that share a batch")
+    with tempfile.TemporaryFile(dir=next(folder for folder in Path(args.output).absolute().parents if folder.exists())):
+        pass  # that nothing can be written there should not be found out after the first epoch
     last = Path(args.output).with_suffix(".last.pt")
     if distributed.restarted() and last.exists() and read_checkpoint(last)["about"]["provenance"]["command"] == provenance()["command"]:
         args.resume, args.goes_on = last, True
     folder, trained = dataset_folder(args.dataset), None
     if args.mode != "cross_entropy":
         trained = load_captioner(args.resume, device)
+        if "model_type" in args.given and trained.config.model_type != args.model_type:
+            raise UserError(f"{args.resume} is not of --model_type {args.model_type}, but {trained.config.model_type}")
         args.encoder, args.model_type = trained.config.encoder, trained.config.model_type
         for name in DROPOUTS:
             getattr(trained, name).p = getattr(args, name)

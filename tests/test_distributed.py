@@ -19,7 +19,8 @@ from test_lrp_utils import random_captioner
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_DROPOUT = [f"--{name}=0" for name in ("dropout", "embed_dropout", "region_dropout", "attention_dropout")]
-SMALL = ["--embed_dim", 12, "--hidden_dim", 16, "--batch_size", 7, "--workers", 0, "--device", "cpu", "--pretrain_epochs", 0]
+COMMON = ["--batch_size", 7, "--workers", 0, "--device", "cpu"]
+SMALL = ["--embed_dim", 12, "--hidden_dim", 16, "--pretrain_epochs", 0, *COMMON]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def rows(path):
 
 @pytest.mark.parametrize("model_type, flags", [("gridtd", []), ("adaptive", ["--lrp_tune", "--decoder_lr", 1e-3])])
 def test_two_processes_train_as_one_does(folder, tmp_path, model_type, flags):
-    arguments = ["--dataset", folder, *SMALL, *NO_DROPOUT, "--model_type", model_type, "--epochs", 2, *flags]
+    arguments = ["--dataset", folder, *(COMMON if flags else SMALL), *NO_DROPOUT, "--model_type", model_type, "--epochs", 2, *flags]
     if "--lrp_tune" in flags:
         speaker(folder, model_type=model_type).save(tmp_path / "start.pt")
         arguments += ["--resume", tmp_path / "start.pt", "--max_iterations", 8]

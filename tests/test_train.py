@@ -17,12 +17,13 @@ import objectives
 import train
 from captiondata import CaptionDataset, image_transform
 from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
-from commandline import UserError
+from commandline import UserError, read_json, write_json
 from fixtures import prepared_scenes
 from preparedataset import cache_features
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--embed_dim", "12", "--hidden_dim", "16", "--batch_size", "8", "--workers", "0", "--device", "cpu"]
+COMMON = ["--batch_size", "8", "--workers", "0", "--device", "cpu"]
+SMALL = ["--embed_dim", "12", "--hidden_dim", "16", *COMMON]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,20 @@ def test_a_share_of_the_start_by_hand(decay):
     assert again.start.weight.item() == 2.0
 
 
+def test_a_trained_batch_norm_is_averaged_whole():
+    """Its statistics belong to its weights; a buffer of a module without weights, as the silence of a captioner, stays."""
+    source = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1))
+    source[1].requires_grad_(False)
+    source.register_buffer("silence", torch.tensor([-torch.inf]))
+    average = train.WeightAverage(source, 0.0, 0.5)
+    for layer in source[:2]:
+        layer.running_mean.fill_(10.0)
+        layer.weight.data.fill_(3.0)
+    kept = average.captioner()
+    assert kept[0].running_mean.item() == 5.0 and kept[0].weight.item() == 2.0 and kept.silence.isneginf().all()
+    assert kept[1].running_mean.item() == 10.0 and kept[1].weight.item() == 3.0
+
+
 def test_a_frozen_encoder_stays_as_it_is_and_a_tuned_one_moves(folder, tmp_path, monkeypatch):
     for name, flag in (("frozen", "--no-finetune_encoder"), ("tuned", "--finetune_encoder")):
         run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, flag, "--output", tmp_path / f"{name}.pt")
@@ -202,14 +217,66 @@ def test_a_resumed_training_goes_on_in_its_own_file(folder, tmp_path, monkeypatc
     resumed = ["--resume", f"{tmp_path}/one.last.pt"]
     assert train.parse_arguments(resumed).output == f"{tmp_path}/one.pt"
     assert train.parse_arguments([*resumed, "--cider_tune"]).output == f"{tmp_path}/one-cider_tune.pt"
-    run(monkeypatch, *flags, "--cider_tune", "--max_iterations", 2, "--resume", tmp_path / "one.pt")
+    run(monkeypatch, "--dataset", folder, *COMMON, "--cider_tune", "--max_iterations", 2, "--resume", tmp_path / "one.pt")
     tuned = tmp_path / "one-cider_tune.last.pt"
     assert tuned.exists() and train.parse_arguments(["--cider_tune", "--resume", str(tuned)]).output == str(tmp_path / "one-cider_tune.pt")
     with pytest.raises(UserError, match="to go on with it give --cider_tune too"):
         run(monkeypatch, *flags, "--resume", tuned)
-    for name, value, told in (("seed", 1, "--seed 0, not 1"), ("schedule", "constant", "--schedule cosine, not constant"), ("batch_size", 4, "--batch_size 8, not 4")):
+    for name, value, told in (
+        ("seed", 1, "--seed 0, not 1"), ("schedule", "constant", "--schedule cosine, not constant"), ("batch_size", 4, "--batch_size 8, not 4"),
+        ("decoder_lr", 1e-7, "--decoder_lr 0.003, not 1e-07"), ("ema_decay", 0.9, "--ema_decay 0.0, not 0.9"), ("dropout", 0.1, "--dropout 0.3, not 0.1"),
+        ("num_head", 4, "another captioner, vocabulary"), ("hidden_dim", 24, "another captioner, vocabulary"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=told):
             run(monkeypatch, *flags, "--model_type", "aoa", *resumed, f"--{name}", value)
+    words = read_json(folder / "vocabulary.json")
+    other = shutil.copytree(folder, tmp_path / "other/scenes")
+    write_json(other / "vocabulary.json", [words[0], *words[-4:0:-1], *words[-3:]])
+    with pytest.raises(UserError, match="another captioner, vocabulary"):
+        run(monkeypatch, *flags[2:], "--dataset", other, "--model_type", "aoa", *resumed)
+
+
+def test_a_training_killed_after_its_last_step_still_gives_a_captioner(folder, tmp_path, monkeypatch):
+    """--checkpoint_every may fall on that step, and the validation that follows takes minutes."""
+    run(monkeypatch, "--dataset", folder, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "start.pt")
+    flags = ["--dataset", folder, *COMMON, "--lrp_tune", "--max_iterations", 2, "--checkpoint_every", 2, "--output", tmp_path / "it.pt"]
+    validate = train.validate
+
+    def killed_at_the_end(captioner, *arguments):
+        if (tmp_path / "it.last.pt").exists():
+            raise KeyboardInterrupt
+        return validate(captioner, *arguments)
+
+    monkeypatch.setattr(train, "validate", killed_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *flags, "--resume", tmp_path / "start.pt")
+    assert not (tmp_path / "it.pt").exists()
+    monkeypatch.setattr(train, "validate", validate)
+    run(monkeypatch, *flags, "--resume", tmp_path / "it.last.pt")
+    assert load_captioner(tmp_path / "it.pt") and len((tmp_path / "it.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--lrp_tune", "--label_smoothing", 0.1], "--label_smoothing goes with training by cross-entropy only"),
+    (["--cider_tune", "--captions_per_image", 1], "--captions_per_image goes with training by cross-entropy or --lrp_tune only"),
+    (["--cider_tune", "--hidden_dim", 8], "--hidden_dim goes with training"), (["--lrp_cider_tune", "--max_length", 9], "--max_length goes with training"),
+    (["--samples", 3], "--samples goes with --cider_tune or --lrp_cider_tune only"),
+])  # fmt: skip
+def test_a_flag_that_would_do_nothing_is_refused(flags, told):
+    with pytest.raises(UserError, match=told):
+        train.parse_arguments(list(map(str, flags)))
+
+
+def test_an_encoder_that_has_learnt_is_not_pretrained_unless_asked_for(folder, tmp_path, monkeypatch):
+    torch.save(train.build_encoder("scenes_vgg", "random").state_dict(), tmp_path / "encoder.pt")
+    epochs = []
+    monkeypatch.setattr(train, "pretrain_encoder", lambda encoder, dataset, args, device: epochs.append(args.pretrain_epochs))
+    flags = ["--preset", "scenes", "--dataset", folder, *SMALL, "--epochs", 1, "--output", tmp_path / "it.pt"]
+    run(monkeypatch, *flags, "--encoder_weights", tmp_path / "encoder.pt")
+    assert epochs == []
+    run(monkeypatch, *flags)
+    run(monkeypatch, *flags, "--encoder_weights", tmp_path / "encoder.pt", "--pretrain_epochs", 2)
+    assert epochs == [4, 2]
 
 
 def test_a_captioner_with_an_encoder_of_its_own_is_tuned_on_images(folder, tmp_path, monkeypatch, capsys):
@@ -217,7 +284,7 @@ def test_a_captioner_with_an_encoder_of_its_own_is_tuned_on_images(folder, tmp_p
     copy = shutil.copytree(folder, tmp_path / "scenes")
     run(monkeypatch, "--dataset", copy, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, "--output", tmp_path / "it.pt")
     cache_features(copy, train.build_encoder("scenes_vgg", "random"), workers=0)
-    run(monkeypatch, "--dataset", copy, *SMALL, "--cider_tune", "--max_iterations", 1, "--resume", tmp_path / "it.pt")
+    run(monkeypatch, "--dataset", copy, *COMMON, "--cider_tune", "--max_iterations", 1, "--resume", tmp_path / "it.pt")
     assert "so the images are read" in capsys.readouterr().out and (tmp_path / "it-cider_tune.pt").exists()
 
 
@@ -245,6 +312,7 @@ def test_the_other_captioners_train_too(folder, tmp_path, monkeypatch, model_typ
     (["--dataset", "nowhere"], "is not a prepared dataset"),
     (["--resume", "README.md"], "not a checkpoint"),
     (["--device", "cuda:99"], "cannot be used on this machine"),
+    (["--output", "README.md/it.pt"], "Not a directory"),
 ])  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(folder, arguments, message):
     flags = arguments if "--dataset" in arguments else ["--dataset", str(folder), *arguments]
