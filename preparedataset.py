@@ -537,8 +537,11 @@ def wanted_encoder(args):
     """The encoder of --features, None without; UserError for flags that do not go together."""
     if (args.features == "bottom_up") != bool(args.regions):
         raise UserError("--features bottom_up and --regions FOLDER belong together")
-    if args.encoder_weights and not args.features:
-        raise UserError("--encoder_weights goes with --features ENCODER")
+    for name in ("encoder_weights", "augment"):
+        if getattr(args, name) and not args.features:
+            raise UserError(f"--{name} goes with --features ENCODER")
+    if args.augment and args.regions:
+        raise UserError("--augment needs images to jitter, and bottom_up features come without")
     set_seed(args.seed)
     return build_encoder(args.features, args.encoder_weights) if args.features else None
 

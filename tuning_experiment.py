@@ -31,11 +31,12 @@ FOLDER = Path("results/tuning")
 DATA = Path("data/scenes")
 TESTS = {"habit": 0.9, "chance": 0.0}  # probability that a planted pair's second object is drawn because of the first
 MODELS = ("gridtd", "aoa", "adaptive")
-BASELINE = "continued cross-entropy"
+BASELINE, OF_ONE_CAPTION = "continued cross-entropy", "continued cross-entropy, one caption"  # of each image a step, as the image form
 SETTINGS = {
     "cross-entropy": [],
     BASELINE: ["--lrp_tune", "--lrp_lambda", "1"],
     "LRP-inference": ["--lrp_tune"],
+    OF_ONE_CAPTION: ["--lrp_tune", "--lrp_lambda", "1", "--captions_per_image", "1"],
     "LRP-inference, image": ["--lrp_tune", "--lrp_form", "image", "--captions_per_image", "1"],
     "SCST": ["--cider_tune"],
     "LRP-SCST": ["--lrp_cider_tune"],
@@ -71,7 +72,10 @@ def train_and_measure(model, seed, setting, args, rate=None):
     """Train one captioner unless that is done, and write its figures on val and both test sets."""
     name = stem(model, seed, setting, rate)
     checkpoint, result = FOLDER / f"{name}.pt", FOLDER / f"{name}.json"
+    length = {"epochs": args.epochs, "iterations": args.iterations}
     if result.exists():
+        if read_json(result)["length"] != length:
+            raise UserError(f"{result} is of other --epochs or --iterations; delete {FOLDER} to begin anew")
         return
     flags = ["--model_type", model, "--seed", seed, "--output", checkpoint, "--workers", 0, *SETTINGS[setting]]
     if setting == "cross-entropy":
@@ -84,7 +88,7 @@ def train_and_measure(model, seed, setting, args, rate=None):
     if last.exists():
         flags += ["--resume", last]
     call("train.py", *flags)
-    write_json(result, {**provenance(seed, checkpoint), "rate": rate, "metrics": figures(checkpoint)})
+    write_json(result, {**provenance(seed, checkpoint), "rate": rate, "length": length, "metrics": figures(checkpoint)})
     last.unlink()
 
 
@@ -137,7 +141,8 @@ def spread(values):
 
 
 def table(seeds):
-    """Markdown of what is done: mean ± sd over seeds, and below it the paired difference to continued cross-entropy."""
+    """Markdown of what is done: mean ± sd over seeds, and below it the paired difference to continued cross-entropy, of as many
+    captions a step."""
     lines = []
     for test in TESTS:
         lines += [f"\n**{test}**\n", "| captioner | training | seeds | " + " | ".join(METRICS) + " |", "|---" * (3 + len(METRICS)) + "|"]
@@ -148,9 +153,10 @@ def table(seeds):
                     continue
                 cells = [spread([found[seed][metric] for seed in found]) for metric in METRICS]
                 lines.append(f"| {model} | {setting} | {len(found)} | " + " | ".join(cells) + " |")
-                both = sorted(found.keys() & results[BASELINE].keys())
-                if setting not in ("cross-entropy", BASELINE) and both:
-                    cells = [spread([found[seed][metric] - results[BASELINE][seed][metric] for seed in both]) for metric in METRICS]
+                baseline = results[OF_ONE_CAPTION if setting == "LRP-inference, image" else BASELINE]
+                both = sorted(found.keys() & baseline.keys())
+                if setting not in ("cross-entropy", BASELINE, OF_ONE_CAPTION) and both:
+                    cells = [spread([found[seed][metric] - baseline[seed][metric] for seed in both]) for metric in METRICS]
                     lines.append("| | *difference* | " + f"{len(both)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -173,6 +179,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, each on one core (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
+    for name in ("seeds", "epochs", "iterations", "jobs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
     torch.set_num_threads(1)
     if not args.table:
         jobs(args)
