@@ -399,6 +399,8 @@ def main():
     args = parser.parse_args()
     set_seed(args.seed)
     device = choose_device(args.device)
+    if args.repeats < 1:
+        raise UserError("--repeats must be at least 1")
     if args.preset and args.what != "train":
         raise UserError(f"--preset {args.preset} goes with train")
     names = BENCHMARKS if args.what == "all" else [args.what]

@@ -290,6 +290,8 @@ class Captioner(nn.Module):
     @staticmethod
     def _stripped(words, names):
         for name in names:
+            if name not in decoding.STRIP:
+                raise UserError(f"there is nothing called '{name}' to strip; choose from {', '.join(decoding.STRIP)}")
             words = decoding.STRIP[name](words)
         return words
 
@@ -312,7 +314,7 @@ class Captioner(nn.Module):
         images: (B, 3, H, W), ImageNet-normalised, or bottom-up features (B, L, D), padded with zeros; captions: B lists of
         words, or None to decode them first (3 beams); method: one of METHODS; through_attention: let LRP go through the
         attention scores of the multi-head captioner too (AttnLRP). Returns B Explanations. Raises UserError for another
-        method, an empty caption or a word that the captioner cannot say.
+        method, another number of captions, an empty caption or a word that the captioner cannot say.
         """
         if method not in METHODS:
             raise UserError(f"there is no explanation method '{method}'; choose from {', '.join(METHODS)}")
@@ -324,6 +326,8 @@ class Captioner(nn.Module):
         if self.encoder.given and chosen.encoder is GuidedReLU:
             raise UserError(f"{method} needs the CNN's pixels, and bottom-up features come without them")
         captions = self.caption(images) if captions is None else captions
+        if len(captions) != len(images):
+            raise UserError(f"{len(images)} images need as many captions, not {len(captions)}")
         ids = [self._explainable_ids(words) for words in captions]
         encoder, explanations = self.encoder.folded(), []
         for chunk in self._chunks(images, ids):
@@ -332,7 +336,7 @@ class Captioner(nn.Module):
         return explanations
 
     def _explainable_ids(self, words):
-        unknown = [word for word in words if word not in self.vocabulary]
+        unknown = [word for word, index in zip(words, self.vocabulary.encode(words)) if not 0 < index < self.vocabulary.unk]
         if unknown:
             raise UserError(f"the word '{unknown[0]}' is not in this captioner's vocabulary, so it cannot be explained")
         if not words:
@@ -361,7 +365,7 @@ class Captioner(nn.Module):
         """
         rules, through = method.rules(), method.pixels and not encoder.given
         images = images.detach().requires_grad_(through)
-        with torch.enable_grad():
+        with torch.enable_grad(), exact_convolutions():
             with method.encoder():
                 features = encoder(images)
             features = features if through else features.detach().requires_grad_()
@@ -370,8 +374,8 @@ class Captioner(nn.Module):
             context, hidden, attention = (part.squeeze(1) for part in parts[:3])
             outputs = rules.epsilon(context + hidden)  # (B, T, H)
             scores = rules.epsilon((outputs * self.fc.weight[targets]).sum(-1) + self.fc.bias[targets])
-        leaves = (None if encoder.given else images, features, embeddings)
-        gradients = self._word_gradients(scores, words, leaves)
+            leaves = (None if encoder.given else images, features, embeddings)
+            gradients = self._word_gradients(scores, words, leaves)
         with torch.no_grad():
             maps = method.relevance(leaves, gradients, attention.transpose(0, 1), encoder.grid)
             names = ("image_relevance", "region_relevance", "word_relevance")
@@ -418,6 +422,17 @@ class Captioner(nn.Module):
 def widened(parts, width):
     """Tensors (B, n, ...) of different n, made (B, width, ...) by zeros."""
     return [torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], dim=1) for part in parts]
+
+
+@contextmanager
+def exact_convolutions():
+    """Convolutions in float32 inside, which on a GPU would by default multiply in TF32, with 10 bits of mantissa."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager

@@ -33,8 +33,10 @@ def run(main):
         message = (str(error) or repr(error)).splitlines()[-1]
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(f"{Path(sys.argv[0]).name}: error: the GPU has not enough memory; try a smaller --batch_size, or --device cpu", file=sys.stderr)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):  # on a CPU it has no class
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: there is not enough memory; try a smaller --batch_size, or another --device", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -68,7 +70,7 @@ def choose_device(name=None):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError):
         raise UserError(f"device '{name}' cannot be used on this machine; try --device cpu") from None
     return device

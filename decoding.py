@@ -35,7 +35,8 @@ def diverse_beam_search(
     """Diverse beam search (Vijayakumar et al. 2016) with Hamming diversity: one caption a group, the best group's first.
 
     Each group is a beam search of `beam_size` beams. At every step the groups choose one after another, and a word counts
-    `diversity` less for each beam of an earlier group that has chosen it at this very step.
+    `diversity` less for each beam of an earlier group that has chosen it at this very step. As in the authors' code what it lost stays
+    lost, so captions are ranked by their log-probability less all of that.
     """
     batch, device, end = len(features), features.device, captioner.vocabulary.end
     memory = captioner.look(features)
@@ -156,8 +157,11 @@ def nucleus(captioner, features, max_length=20, num_captions=1, temperature=1.0,
 
 
 def draw(logits):
-    """Words (B, N) drawn from the softmax of logits (B, N, V)."""
-    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(logits.shape[:-1])
+    """Words (B, N) drawn from the softmax of logits (B, N, V). UserError if they are not numbers: a training has diverged."""
+    probabilities = logits.softmax(-1).flatten(0, 1)
+    if probabilities.isnan().any():
+        raise UserError("the captioner's probabilities are not numbers; the last checkpoint is whole; try a lower --decoder_lr")
+    return torch.multinomial(probabilities, 1).view(logits.shape[:-1])
 
 
 def keep_top_k(logits, k):
@@ -216,15 +220,15 @@ DECODERS = {
     "nucleus": nucleus,
 }
 STRIP = {"repeats": strip_repeats, "bad_endings": strip_bad_endings}  # what may be removed from a finished caption
-OPTIONS = {  # of the decoders that take them: type, least value (None: more than 0), help
-    "beam_size": (int, 1, "beams, of each group"),
-    "groups": (int, 1, "groups of a diverse beam"),
-    "diversity": (float, 0, "what a word loses for each beam of an earlier group that chose it at the same step"),
-    "length_normalisation": (float, 0, "rank finished beams of n words by log-probability / n ** this"),
-    "num_captions": (int, 1, "captions drawn for an image; the first is used"),
-    "temperature": (float, None, "divides log-probabilities before a word is drawn"),
-    "top_k": (int, 1, "likeliest words to draw from"),
-    "top_p": (float, None, "probability of the likeliest words to draw from"),
+OPTIONS = {  # of the decoders that take them: type, least and largest value, help
+    "beam_size": (int, 1, 10**6, "beams, of each group"),
+    "groups": (int, 1, 10**6, "groups of a diverse beam"),
+    "diversity": (float, 0, 10**6, "what a word loses for each beam of an earlier group that chose it at the same step"),
+    "length_normalisation": (float, 0, 100, "rank finished beams of n words by log-probability / n ** this"),
+    "num_captions": (int, 1, 10**6, "captions drawn for an image; the first is used"),
+    "temperature": (float, 0.001, 10**6, "divides log-probabilities before a word is drawn"),
+    "top_k": (int, 1, 10**6, "likeliest words to draw from"),
+    "top_p": (float, 0.001, 1, "probability of the likeliest words to draw from"),
 }
 
 
@@ -241,9 +245,9 @@ def check_option(method, name, value):
     if name not in options_of(method):
         takers = [decoder for decoder in DECODERS if name in options_of(decoder)]
         raise UserError(f"--{name} does not go with --decoding {method}; it is for {', '.join(takers) or 'no decoding'}")
-    least = OPTIONS[name][1]
-    if value <= 0 if least is None else value < least:
-        raise UserError(f"--{name} must be {'more than 0' if least is None else f'at least {least}'}, not {value}")
+    _, least, most, _ = OPTIONS[name]
+    if not least <= value <= most:
+        raise UserError(f"--{name} must be from {least} to {most}, not {value}")
 
 
 def add_decoding_flags(parser, max_length=None):
@@ -253,7 +257,7 @@ def add_decoding_flags(parser, max_length=None):
     group.add_argument("--decoding", choices=DECODERS, default="beam", help="how to caption (default: %(default)s)")
     shown = "the captioner's own" if max_length is None else max_length
     group.add_argument("--max_length", type=int, default=max_length, help=f"words of the longest caption (default: {shown})")
-    for name, (kind, _, text) in OPTIONS.items():
+    for name, (kind, *_, text) in OPTIONS.items():
         takers = {method: options_of(method)[name] for method in DECODERS if name in options_of(method)}
         default = next(iter(takers.values()))
         group.add_argument(f"--{name}", type=kind, help=f"{text} ({', '.join(takers)}; default: {default})")
@@ -266,6 +270,6 @@ def decoding_options(args):
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given.keys() & OPTIONS.keys():
         check_option(args.decoding, name, given[name])
-    if args.max_length is not None and args.max_length < 1:
-        raise UserError("--max_length must be at least 1")
+    if args.max_length is not None and not 1 <= args.max_length <= 1000:
+        raise UserError("--max_length must be from 1 to 1000")
     return {"method": args.decoding, **given}

@@ -38,7 +38,8 @@ COLOURS = matplotlib.colormaps["seismic"]  # blue against, white zero, red for
 def heat_map(relevance):
     """Signed relevance (H, W) -> RGB (H, W, 3) in 0..1: white at zero, red for, blue against; all white if all zero."""
     sigma = BLUR * relevance.shape[1]
-    smooth = gaussian_blur(torch.from_numpy(relevance)[None], 2 * math.ceil(3 * sigma) + 1, sigma)[0].numpy()
+    reach = [min(math.ceil(3 * sigma), side - 1) for side in relevance.shape[::-1]]
+    smooth = gaussian_blur(torch.from_numpy(relevance)[None], [2 * pixels + 1 for pixels in reach], sigma)[0].numpy()
     scale = np.percentile(np.abs(smooth), CLIP_PERCENTILE)
     return COLOURS(0.5 + 0.5 * np.clip(smooth / scale, -1, 1) if scale > 0 else np.full_like(smooth, 0.5))[..., :3]
 
@@ -171,6 +172,10 @@ def main():
     """Caption the images if need be, explain, and write."""
     args = build_parser().parse_args()
     options = decoding_options(args)
+    if args.caption is not None and options != {"method": "beam"}:
+        raise UserError("the flags of decoding are for the captioner's own caption, and --caption gives another")
+    if args.through_attention and "lrp" not in args.method:
+        raise UserError("--through_attention goes with --method lrp")
     set_seed(args.seed)
     device = distributed.own_device(args.device)
     captioner = load_captioner(args.checkpoint, device)
@@ -192,9 +197,14 @@ def explain(captioner, paths, regions, args, options):
     images = [load_image(path) for path in paths]
     pixels, boxes = read_inputs(regions, captioner.encoder, images)
     captions = captioner.caption(pixels, **options) if args.caption is None else [tokenize(args.caption)] * len(images)
-    explained = {method: captioner.explain(pixels, captions, method, args.through_attention and method == "lrp") for method in args.method}
+    told = [index for index, words in enumerate(captions) if words or args.caption is not None]
+    pixels, captions_told = pixels[told], [captions[index] for index in told]
+    explained = {method: captioner.explain(pixels, captions_told, method, args.through_attention and method == "lrp") for method in args.method}
+    explained = {method: dict(zip(told, found)) for method, found in explained.items()}
     for index, (path, image) in enumerate(zip(paths, images)):
-        print(f"{path}: {' '.join(captions[index])}")
+        print(f"{path}: {' '.join(captions[index]) or 'the captioner says nothing of it, so there is nothing to explain'}")
+        if index not in told:
+            continue
         stem, about = Path(args.output) / Path(path).stem, {**provenance(args.seed, args.checkpoint), "image": str(path)}
         explanations = {method: found[index] for method, found in explained.items()}
         if boxes:

@@ -26,7 +26,7 @@ class BertScore:
         folder = local_model(model)
         if layer is None:
             config = json.loads((folder / "config.json").read_text())
-            layer = model2layers.get(model, model2layers.get(folder.name, config["num_hidden_layers"]))
+            layer = model2layers.get(model) or model2layers.get(folder.name) or config.get("num_hidden_layers") or config.get("n_layers")
         self.idf, self.layer = idf, layer
         try:
             self.scorer = bert_score.BERTScorer(model_type=str(folder), num_layers=layer, device=str(device), batch_size=batch_size)

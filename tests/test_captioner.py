@@ -114,6 +114,12 @@ def test_explaining_does_not_change_the_model(images, method):
 def test_mistakes_in_explain_are_named(captioner, images):
     with pytest.raises(UserError, match="'zebra' is not in this captioner's vocabulary"):
         captioner.explain(images[:1], [["w1", "zebra"]])
+    with pytest.raises(UserError, match="'<end>' is not in this captioner's vocabulary"):
+        captioner.explain(images[:1], [["w1", "<end>", "w2"]])
+    with pytest.raises(UserError, match="2 images need as many captions, not 1"):
+        captioner.explain(images[:2], [["w1"]])
+    with pytest.raises(UserError, match="nothing called 'r' to strip"):
+        captioner.caption(images[:1], strip="repeats")
     with pytest.raises(UserError, match="empty caption"):
         captioner.explain(images[:1], [[]])
     with pytest.raises(UserError, match="no explanation method 'magic'"):

@@ -184,7 +184,7 @@ PHRASES = object_phrases(read_synonyms(COCO_SYNONYMS))
     ("puppies buses knives mice geese", ["dog", "bus", "knife", "mouse", "bird"]),
     ("women policemen children people", ["person"] * 4),
     ("a bow tie", ["tie"]), ("a stove top oven", ["oven"]), ("a traffic light in the light", ["traffic light"]),
-    ("he slides into home plate", []), ("a baby animal", []), ("", []),
+    ("he slides into home plate", []), ("a baby animal", []), ("", []), ("a dog on the train tracks", ["dog"]),
 ])  # fmt: skip
 def test_the_objects_of_a_caption(caption, objects):
     assert mentioned_objects(caption.split(), PHRASES) == objects
@@ -443,7 +443,7 @@ def test_predictions_of_any_captioner_are_scored(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("rows, told", [
     ({"a": 1}, "COCO's results format"), ([], "COCO's results format"), ([{"caption": "x"}], "COCO's results format"),
     ([{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "y"}], "more than one caption"),
-    ([{"image_id": 99, "caption": "x"}], "image 99"),
+    ([{"image_id": 99, "caption": "x"}], "image 99"), ([{"image_id": 1, "caption": None}], "caption, a text"), ([{"image_id": [1], "caption": "x"}], "COCO's results"),
 ])  # fmt: skip
 def test_wrong_predictions_are_told_in_one_line(tmp_path, monkeypatch, rows, told):
     write_coco(tmp_path)

@@ -145,7 +145,7 @@ bridge:
 """
 
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
-NOT_OBJECTS = ["home plate", *(f"{age} {animal}" for age in ("baby", "adult") for animal in ("animal", "cub"))]
+NOT_OBJECTS = ["home plate", "train track", *(f"{age} {animal}" for age in ("baby", "adult") for animal in ("animal", "cub"))]
 
 
 def forms(noun):
