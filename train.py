@@ -479,7 +479,7 @@ def restore(checkpoint, captioner, average, optimizer, scheduler, args):
     training with other flags, or of a longer or shorter one whose learning rates fall from its first step to its last."""
     training, steps = checkpoint["training"], getattr(scheduler, "total_steps", None)
     for name, value in training.get("flags", {}).items():
-        if value != getattr(args, name):
+        if value != getattr(args, name, None):
             raise UserError(f"--resume: that training had --{name} {value}, not {getattr(args, name)}; give the flags it was trained with")
     if "flags" not in training or checkpoint["vocabulary"] != captioner.vocabulary.words or checkpoint["config"] != asdict(captioner.config):
         raise UserError("--resume: the checkpoint is of another captioner, vocabulary or version; give the flags and the dataset it was trained with")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import explain as explain_script
 from captioner import METHODS
 from explain import explanation_figure, heat_map, overlay
 from test_lrp_utils import random_captioner
@@ -42,6 +43,18 @@ def test_it_writes_figure_maps_and_numbers(workplace):
     assert maps["image_relevance"].shape == (3, 128, 128) and numbers["method"] == "lrp"
     np.testing.assert_allclose(numbers["word_relevance"], maps["word_relevance"], rtol=1e-6)
     assert not [path for path in (workplace / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_an_image_of_which_the_captioner_says_nothing_does_not_stop_the_others(workplace, monkeypatch, capsys):
+    captioner = random_captioner().float()
+    Image.new("RGB", (64, 64), "red").save(workplace / "red.jpg")
+    monkeypatch.setattr(captioner, "caption", lambda pixels, **options: [[], ["w1", "w2"]])
+    monkeypatch.setattr(explain_script, "load_captioner", lambda path, device: captioner)
+    monkeypatch.setattr(sys, "argv", ["explain.py", "photo.jpg", "red.jpg", "--checkpoint", "it.pt", "--output", "told", "--device", "cpu"])
+    monkeypatch.chdir(workplace)
+    explain_script.main()
+    assert "photo.jpg: the captioner says nothing of it" in capsys.readouterr().out
+    assert {path.name for path in (workplace / "told").iterdir()} == {f"red-lrp.{kind}" for kind in ("png", "npz", "json")}
 
 
 def test_several_methods_stand_side_by_side(workplace):
