@@ -9,8 +9,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from commandline import run
 from preparedataset import prepare
 from scenes import write_scenes
 
@@ -114,3 +116,14 @@ WRITERS = {
 def command(monkeypatch, module, *arguments):
     """Set the command line as if the script `module` had been called."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+
+
+def refused(module, arguments, monkeypatch, capsys):
+    """Run a script in this process; returns what it says after its name, having checked that it is one line."""
+    command(monkeypatch, module, *arguments)
+    with pytest.raises(SystemExit) as caught:
+        run(module.main)
+    out, err = capsys.readouterr()
+    name, _, message = err.removesuffix("\n").rpartition("\r")[2].partition(": error: ")  # a progress bar wipes itself out by \r
+    assert caught.value.code == 2 and name == f"{module.__name__}.py" and not out and "\n" not in message
+    return message

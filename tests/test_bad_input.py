@@ -20,7 +20,7 @@ import train
 from captiondata import CaptionDataset, features_path
 from commandline import UserError, run
 from encoder import build_encoder
-from fixtures import REPOSITORY, WRITERS, command, edit, flickr_file, write_coco2017, write_flickr
+from fixtures import REPOSITORY, WRITERS, command, edit, flickr_file, refused, write_coco2017, write_flickr
 
 CAPTIONS, INSTANCES = (f"annotations/{kind}_train2017.json" for kind in ("captions", "instances"))
 PHOTO, ANNOTATION, SENTENCES = "images/1001_ab1.jpg", "Flickr30kEntities/Annotations/1001.xml", "Flickr30kEntities/Sentences/1001.txt"
@@ -232,17 +232,6 @@ RAW = {
 def tree(folder):
     """What stands in a folder: {path: content, None for a folder}."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def refused(module, arguments, monkeypatch, capsys):
-    """Run a script in this process; returns what it says after its name, having checked that it is one line."""
-    command(monkeypatch, module, *arguments)
-    with pytest.raises(SystemExit) as caught:
-        run(module.main)
-    out, err = capsys.readouterr()
-    name, _, message = err.removesuffix("\n").rpartition("\r")[2].partition(": error: ")  # a progress bar wipes itself out by \r
-    assert caught.value.code == 2 and name == f"{module.__name__}.py" and not out and "\n" not in message
-    return message
 
 
 @pytest.fixture
