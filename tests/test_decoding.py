@@ -15,7 +15,7 @@ from captiondata import image_transform, load_image
 from captioner import load_captioner
 from commandline import UserError
 from decoding import (
-    DECODERS, add_decoding_flags, beam_search, decoding_options, diverse_beam_search, greedy, keep_nucleus, keep_top_k, reorder,
+    DECODERS, add_decoding_flags, beam_search, decoding_options, diverse_beam_search, draw, greedy, keep_nucleus, keep_top_k, reorder,
     strip_bad_endings, strip_repeats
 )  # fmt: skip
 from test_lrp_utils import random_captioner
@@ -165,6 +165,11 @@ def test_samples_follow_the_renormalised_probabilities(captioner, features, meth
     assert counts[p == 0].sum() == 0
     assert chisquare(counts[p > 0], p[p > 0] * DRAWS).pvalue > 1e-3
     assert (p > 0).sum() > 1
+
+
+def test_a_captioner_that_diverged_is_told():
+    with pytest.raises(UserError, match="not numbers"):
+        draw(torch.full((1, 2, 3), torch.nan))
 
 
 def test_several_samples_of_an_image_differ_and_belong_to_it(captioner, features):
