@@ -48,6 +48,10 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def given(self, args):
+        """The names of the flags that have another value than their default."""
+        return [name for name, value in vars(args).items() if value != self.get_default(name)]
+
     def error(self, message):
         raise UserError(f"{message}; --help lists all flags")
 

@@ -145,12 +145,17 @@ def build_encoder(name, weights=None):
         raise UserError(f"there is no encoder '{name}'; choose from {', '.join(ENCODERS)}")
     encoder = Encoder(name)
     pretrained = ENCODERS[name].pretrained
-    if weights not in (None, "random") or weights is None and pretrained:
+    if has_learnt(name, weights):
         state = _download(pretrained) if weights is None else _read_state_dict(weights)
         _load_weights(encoder.net, state, weights or f"torchvision's {pretrained}")
         if pretrained == "inception_v3" and {"fc.weight", "Conv2d_1a_3x3.conv.weight"} <= state.keys():  # torchvision's whole network
             _fold_input_transform(encoder.net.Conv2d_1a_3x3)
     return encoder.eval().requires_grad_(False)
+
+
+def has_learnt(name, weights):
+    """Whether `build_encoder` of these finds weights, in a file or torchvision's, rather than draws random ones."""
+    return weights not in (None, "random") or weights is None and ENCODERS[name].pretrained is not None
 
 
 def _download(pretrained):

@@ -369,7 +369,7 @@ def check_arguments(args, parser):
             raise UserError(f"--{name} must be at least {least}")
     if args.output is not None and (not output_stem(args, "").name or Path(args.output).is_dir()):
         raise UserError(f"--output {args.output} is not the name of a .json file")
-    given = {action.dest for action in parser._actions if getattr(args, action.dest, None) != action.default}
+    given = set(parser.given(args))
     of_predictions = {"annotations", "instances", "train_annotations"} & given
     of_captioner = {"checkpoint", "dataset", "split", "experiment", "limit", "batch_size", "workers", "decoding", "max_length", "strip", *OPTIONS} & given
     if of_predictions and not args.predictions:

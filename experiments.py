@@ -23,7 +23,6 @@ PATCH, PATCHES, PATCH_IMAGE = 8, 20, 224  # the 20 best patches of 8x8 pixels of
 SHARES = tuple(step / 10 for step in range(11))  # of the patches deleted or inserted
 THRESHOLDS = tuple(step / 10 for step in range(10))  # Figure 3
 NEVER_NEGATIVE = ("attention", "gradcam")  # maps
-MEANS = ("mean", "mean positive", "mean size")  # of statistics_of
 SIGNED_WORDS = ("lrp",)  # whose largest word relevance counts, not its largest size
 
 
@@ -171,13 +170,13 @@ def localisation(relevance, boxes, outline):
 # --------------------------------------------------------------------------------------------------------- hallucination
 
 
-def statistics_of(relevance):
-    """What a map may say about whether its word is supported, {name: float}: max, mean, mean of the positives, mean of the sizes,
-    quantiles. `relevance`: any tensor, taken as it is, not normalised."""
+def statistics_of(relevance, method="lrp"):
+    """What a method's map may say about whether its word is supported, {name: float}: max, mean, mean of the positives, mean of the sizes,
+    quantiles; no means of attention, which sums to 1 for every word. `relevance`: any tensor, taken as it is, not normalised."""
     values = relevance.flatten().double()
     positive = values[values > 0]
-    names = {"max": values.max(), "mean": values.mean(), "mean positive": positive.mean() if len(positive) else torch.zeros(())}
-    names |= {"mean size": values.abs().mean(), **{f"quantile {q}": values.quantile(q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)}}
+    means = {"mean": values.mean(), "mean positive": positive.mean() if len(positive) else torch.zeros(()), "mean size": values.abs().mean()}
+    names = {"max": values.max(), **(means if method != "attention" else {}), **{f"quantile {q}": values.quantile(q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)}}
     return {name: value.item() for name, value in names.items()}
 
 
@@ -329,11 +328,9 @@ class Examiner:
             rows.append([])
             for position, word in enumerate(case.words):
                 if word in self.object_words:
-                    scores = {method: statistics_of(explanation.image_relevance[position]) for method, explanation in case.explained.items()}
+                    scores = {method: statistics_of(explanation.image_relevance[position], method) for method, explanation in case.explained.items()}
                     beta = next(iter(case.explained.values())).beta
                     scores |= {"1 - beta": {"value": 1 - beta[position].item()}} if beta is not None else {}
-                    for name in MEANS if "attention" in scores else ():  # attention sums to 1, so these are 1 / pixels for every word
-                        del scores["attention"][name]
                     shown = case.named[position] in case.annotated if case.annotated and position in case.named else None
                     rows[-1].append({"word": word, "supported": word in references, "shown": shown, "scores": scores})
         return rows

@@ -198,15 +198,15 @@ def explain(captioner, paths, regions, args, options):
     pixels, boxes = read_inputs(regions, captioner.encoder, images)
     captions = captioner.caption(pixels, **options) if args.caption is None else [tokenize(args.caption)] * len(images)
     told = [index for index, words in enumerate(captions) if words or args.caption is not None]
-    pixels, captions_told = pixels[told], [captions[index] for index in told]
-    explained = {method: captioner.explain(pixels, captions_told, method, args.through_attention and method == "lrp") for method in args.method}
-    explained = {method: dict(zip(told, found)) for method, found in explained.items()}
-    for index, (path, image) in enumerate(zip(paths, images)):
-        print(f"{path}: {' '.join(captions[index]) or 'the captioner says nothing of it, so there is nothing to explain'}")
-        if index not in told:
-            continue
+    for index in set(range(len(paths))).difference(told):
+        print(f"{paths[index]}: the captioner says nothing of it, so there is nothing to explain")
+    spoken = [captions[index] for index in told]
+    explained = {method: captioner.explain(pixels[told], spoken, method, args.through_attention and method == "lrp") for method in args.method}
+    for row, index in enumerate(told):
+        path, image = paths[index], images[index]
+        print(f"{path}: {' '.join(captions[index])}")
         stem, about = Path(args.output) / Path(path).stem, {**provenance(args.seed, args.checkpoint), "image": str(path)}
-        explanations = {method: found[index] for method, found in explained.items()}
+        explanations = {method: found[row] for method, found in explained.items()}
         if boxes:
             for explanation in explanations.values():
                 explanation.image_relevance = paint_boxes(explanation.region_relevance, boxes[index], image.size[::-1])

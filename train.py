@@ -41,7 +41,7 @@ from captioner import DROPOUTS, MODELS, CaptionerConfig, build_captioner, load_c
 from captionmetrics import caption_metrics
 from commandline import CommandLine, UserError, add_common_flags, provenance, run, set_seed, write_atomically
 from decoding import add_decoding_flags, decoding_options
-from encoder import ENCODERS, build_encoder
+from encoder import ENCODERS, build_encoder, has_learnt
 from evaluation import dataset_folder, decode_split
 from featurecache import encoder_path, features_path, versions_of
 from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference
@@ -582,7 +582,7 @@ def parse_arguments(arguments=None):
             defaults["max_iterations"] = FLICKR_ITERATIONS
     parser = build_parser(defaults)
     args = parser.parse_args(arguments)
-    args.given = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
+    args.given = parser.given(args)
     for name, modes in ONLY_WITH.items():
         if mode not in modes and name in args.given:
             kinds = ["training by cross-entropy" if mode == "cross_entropy" else f"--{mode}" for mode in modes]
@@ -622,10 +622,10 @@ def new_captioner(args, folder, train_set, device):
         weights = encoder_path(folder, args.encoder)
     encoder = build_encoder(args.encoder, weights).to(memory_format=torch.channels_last)
     check_cache(train_set, encoder)
-    learnt = train_set.features or weights not in (None, "random") or weights is None and ENCODERS[args.encoder].pretrained
-    if train_set.features and args.pretrain_epochs and "pretrain_epochs" in args.given:
+    learnt, asked_for = train_set.features or has_learnt(args.encoder, weights), "pretrain_epochs" in args.given
+    if train_set.features and args.pretrain_epochs and asked_for:
         raise UserError("--pretrain_epochs needs images, and there are cached features, of an encoder that has learnt")
-    if args.pretrain_epochs and not args.resume and ("pretrain_epochs" in args.given or not learnt):
+    if args.pretrain_epochs and not args.resume and (asked_for or not learnt):
         pretrain_encoder(encoder.requires_grad_(True), train_set, args, device)
     names = CaptionerConfig.__dataclass_fields__.keys()
     config = CaptionerConfig(**{name: getattr(args, name) for name in names})

@@ -79,8 +79,18 @@ def test_inception_loads_and_tells_photographs_apart():
     assert torch.equal(earlier.net.Mixed_6e.branch1x1.conv.weight, encoder.net.Mixed_6e.branch1x1.conv.weight)
 
 
-def test_torchvisions_inception_takes_our_normalisation(tmp_path, monkeypatch):
-    """Whether it is downloaded or read from a file; a file of our own takes it already."""
+def test_torchvisions_inception_takes_our_normalisation():
+    network = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=True).double().eval()
+    encoder = build_encoder("inception_v3", "random").double()
+    encoder.net.load_state_dict({key: network.state_dict()[key] for key in encoder.net.state_dict()})
+    encoders._fold_input_transform(encoder.net.Conv2d_1a_3x3)
+    image = torch.randn(1, 3, 139, 139, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.net.Conv2d_1a_3x3(image), network.Conv2d_1a_3x3(network._transform_input(image)), rtol=1e-9, atol=1e-12)
+
+
+def test_a_file_of_torchvisions_inception_is_read_as_its_download(tmp_path, monkeypatch):
+    """In our normalisation; a file of our own takes it already."""
     network = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
     torch.save(network.state_dict(), tmp_path / "torchvision.pth")
     monkeypatch.setattr(encoders, "_download", lambda name: network.state_dict())
