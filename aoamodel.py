@@ -22,7 +22,9 @@ class AoACaptioner(Captioner):
         super().__init__(config, vocabulary, encoder)
         embed, hidden = config.embed_dim, config.hidden_dim
         if hidden % config.num_head:
-            raise UserError(f"--hidden_dim {hidden} cannot be divided among --num_head {config.num_head} heads")
+            raise UserError(
+                f"--hidden_dim {hidden} cannot be divided among --num_head {config.num_head} heads"
+            )
         self.lstm = nn.LSTM(embed + hidden, hidden, batch_first=True)
         self.query, self.key, self.value = (nn.Linear(hidden, hidden) for _ in range(3))
         self.context_projection = nn.Linear(hidden, hidden)
@@ -78,7 +80,9 @@ class AoACaptioner(Captioner):
 
     def _attend(self, hidden, memory, rules):
         """hidden (B, M, H) -> c (B, M, H) and alpha (B, M, heads, L), for any M captions or steps."""
-        query = rules.factor(self._by_head(rules.epsilon(self.query(hidden))))  # (B, heads, M, H/heads)
+        query = rules.factor(
+            self._by_head(rules.epsilon(self.query(hidden)))
+        )  # (B, heads, M, H/heads)
         scores = rules.epsilon(query @ memory["keys"].transpose(-1, -2) * query.shape[-1] ** -0.5)
         if memory["mask"] is not None:
             scores = scores.masked_fill(~memory["mask"][:, None, None], -torch.inf)

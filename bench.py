@@ -21,22 +21,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader
 
-from captiondata import CaptionDataset, Vocabulary, files_hash, image_transform, load_image, padded
+from captiondata import CaptionDataset, files_hash
 from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
-from commandline import CommandLine, UserError, add_common_flags, choose_device, provenance, run, set_seed, write_json
+from commandline import (
+    CommandLine,
+    UserError,
+    add_common_flags,
+    choose_device,
+    provenance,
+    run,
+    set_seed,
+    write_json,
+)
 from encoder import build_encoder
 from evaluation import EXAMINED_AT_ONCE
 from experiments import SUMMARIES, Examiner
 from featurecache import features_path, lay_out, write_rows
+from images import image_transform, load_image
 from objectives import CrossEntropy, ImageLRPInference, LRPInference
 from preparedataset import COCO_TRAIN, prepare
 from pycocoevalcap.chair.chair import object_phrases
+from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.ciderd.ciderd import CiderD
 from scenes import write_scenes
 from train import PAPER, TrainingStep, build_optimizer, clip, parse_arguments
+from vocabulary import Vocabulary, padded
 
 WORDS = 10  # words of the explained caption
 VOCABULARY = 10_000
@@ -53,7 +64,9 @@ def seconds(functions, device, repeats):
             function()
             synchronize(device)
             times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first call warms up
+    return {
+        name: statistics.median(values[1:]) for name, values in times.items()
+    }  # the first call warms up
 
 
 def synchronize(device):
@@ -64,20 +77,26 @@ def synchronize(device):
 
 def bench_vocabulary():
     """A vocabulary of the size of COCO's."""
-    return Vocabulary(["<pad>", *(f"word{index}" for index in range(VOCABULARY - 4)), "<unk>", "<start>", "<end>"])
+    return Vocabulary(
+        ["<pad>", *(f"word{index}" for index in range(VOCABULARY - 4)), "<unk>", "<start>", "<end>"]
+    )
 
 
 def random_captioner(device, **config):
     """A captioner with random weights and its words; speed does not depend on either."""
     vocabulary = bench_vocabulary()
     config = CaptionerConfig(**config)
-    return build_captioner(config, vocabulary, build_encoder(config.encoder, "random")).to(device).eval(), vocabulary.words[1:-3]
+    return build_captioner(config, vocabulary, build_encoder(config.encoder, "random")).to(
+        device
+    ).eval(), vocabulary.words[1:-3]
 
 
 def write_photograph(folder):
     """A JPEG of a photograph's size; its content does not matter for time."""
     path = Path(folder) / "photograph.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
@@ -108,9 +127,21 @@ def bench_explain(device, repeats):
         times = seconds(measured, device, repeats)
     floor = times["forward"] + times["backward"]
     return [
-        {"name": "VGG16 forward, one image", "seconds": times["forward"], "ratio": None, "against": None},
-        {"name": f"two VGG16 forwards + one backward of {WORDS} gradients", "seconds": floor, "ratio": None, "against": None},
-        row(f"LRP of a {WORDS}-word caption, photograph to pixels", times["explain"], floor, "these"),
+        {
+            "name": "VGG16 forward, one image",
+            "seconds": times["forward"],
+            "ratio": None,
+            "against": None,
+        },
+        {
+            "name": f"two VGG16 forwards + one backward of {WORDS} gradients",
+            "seconds": floor,
+            "ratio": None,
+            "against": None,
+        },
+        row(
+            f"LRP of a {WORDS}-word caption, photograph to pixels", times["explain"], floor, "these"
+        ),
     ]
 
 
@@ -121,12 +152,19 @@ def bench_methods(device, repeats):
         captioner, words = random_captioner(device, encoder="vgg16", model_type=model_type)
         image = torch.randn(1, 3, captioner.encoder.image_size, captioner.encoder.image_size)
         ids = [captioner.vocabulary.encode(words[:WORDS])]
-        floor = functools.partial(forward_and_backward, captioner, image.to(device), torch.tensor(ids, device=device))
-        methods = {name: functools.partial(captioner.explain, image, [words[:WORDS]], name) for name in METHODS}
+        floor = functools.partial(
+            forward_and_backward, captioner, image.to(device), torch.tensor(ids, device=device)
+        )
+        methods = {
+            name: functools.partial(captioner.explain, image, [words[:WORDS]], name)
+            for name in METHODS
+        }
         times = seconds({"floor": floor, **methods}, device, repeats)
         against = f"{model_type}: forward + one backward of {WORDS} gradients"
         rows.append({"name": against, "seconds": times["floor"], "ratio": None, "against": None})
-        rows += [row(f"{model_type}: {name}", times[name], times["floor"], against) for name in METHODS]
+        rows += [
+            row(f"{model_type}: {name}", times[name], times["floor"], against) for name in METHODS
+        ]
     return rows
 
 
@@ -144,7 +182,12 @@ def forward_and_backward(captioner, images, targets):
 
 def bench_train(device, repeats):
     """Training steps: the multi-head captioner all words at once against word by word, and what fine-tuning adds."""
-    return bench_steps(device, repeats) + bench_inference(device, repeats) + bench_image_inference(device) + bench_reward(device, repeats)
+    return (
+        bench_steps(device, repeats)
+        + bench_inference(device, repeats)
+        + bench_image_inference(device)
+        + bench_reward(device, repeats)
+    )
 
 
 def bench_coco(device, repeats):
@@ -161,13 +204,23 @@ def bench_coco(device, repeats):
 
 def coco_rows(folder, model_type, device):
     """The rows of one captioner: one pass over the dataset in `folder`, then once more with its batches at hand."""
-    args = parse_arguments(["--preset", "paper", "--model_type", model_type, *(["--bfloat16"] if device.type == "cuda" else [])])
+    args = parse_arguments(
+        [
+            "--preset",
+            "paper",
+            "--model_type",
+            model_type,
+            *(["--bfloat16"] if device.type == "cuda" else []),
+        ]
+    )
     captioner, _ = random_captioner(device, encoder="vgg16", model_type=model_type)
     captioner.encoder.requires_grad_(False)
     optimizer, _ = build_optimizer(captioner.train(), args, 1)
     step = TrainingStep(captioner, CrossEntropy(captioner), True, args.bfloat16)
     dataset = CaptionDataset(folder, "train", features="vgg16")
-    loader = DataLoader(dataset, args.batch_size, num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        dataset, args.batch_size, num_workers=args.workers, pin_memory=device.type == "cuda"
+    )
     kept = [(inputs.to(device), captions, indices) for inputs, captions, indices in loader]
 
     def epoch(batches):
@@ -198,23 +251,59 @@ def coco_rows(folder, model_type, device):
         numbers["GPU memory, GB"] = torch.cuda.max_memory_allocated(device) / 1e9
     return [
         {"name": against, "seconds": at_hand, "ratio": None, "against": None},
-        {**row(f"{model_type}: the same from the feature file", from_file, at_hand, against), "numbers": numbers},
+        {
+            **row(f"{model_type}: the same from the feature file", from_file, at_hand, against),
+            "numbers": numbers,
+        },
     ]
 
 
 def write_random_dataset(folder, images):
     """A prepared dataset of random captions and random features of VGG16's shape, the bench's vocabulary, and no image."""
     chooser, noise = random.Random(0), np.random.default_rng(0)
-    captions = [[[chooser.randrange(1, VOCABULARY - 3) for _ in range(min(20, 8 + int(chooser.expovariate(1 / 4))))] for _ in range(5)] for _ in range(images)]
-    entries = [{"image_id": k, "file": f"{k}", "captions": ["random"] * 5, "encoded": encoded, "objects": []} for k, encoded in enumerate(captions)]
+    captions = [
+        [
+            [
+                chooser.randrange(1, VOCABULARY - 3)
+                for _ in range(min(20, 8 + int(chooser.expovariate(1 / 4))))
+            ]
+            for _ in range(5)
+        ]
+        for _ in range(images)
+    ]
+    entries = [
+        {
+            "image_id": k,
+            "file": f"{k}",
+            "captions": ["random"] * 5,
+            "encoded": encoded,
+            "objects": [],
+        }
+        for k, encoded in enumerate(captions)
+    ]
     bench_vocabulary().save(folder / "vocabulary.json")
     write_json(folder / "train.json", entries)
-    write_json(folder / "info.json", {"name": "random", "images_root": ".", "max_length": 20, "splits": {"train": images}, "categories": {}, "planted_pairs": []})
+    write_json(
+        folder / "info.json",
+        {
+            "name": "random",
+            "images_root": ".",
+            "max_length": 20,
+            "splits": {"train": images},
+            "categories": {},
+            "planted_pairs": [],
+        },
+    )
     path = features_path(folder, "vgg16")
     lay_out(path, {"encoder": "vgg16"}, {"train": (images, files_hash(entries))}, REGIONS)
     for start in range(0, images, 32):
         indices = list(range(start, min(start + 32, images)))
-        write_rows(path, "train", indices, noise.random((len(indices), *REGIONS), np.float32).astype(np.float16))
+        write_rows(
+            path,
+            "train",
+            indices,
+            noise.random((len(indices), *REGIONS), np.float32).astype(np.float16),
+        )
 
 
 def bench_steps(device, repeats):
@@ -230,21 +319,47 @@ def bench_steps(device, repeats):
         stepped_logits(captioner, features, inputs, look_once).logsumexp(-1).mean().backward()
 
     with torch.no_grad():
-        difference = (captioner(features, inputs) - stepped_logits(captioner, features, inputs)).abs().max().item()
+        difference = (
+            (captioner(features, inputs) - stepped_logits(captioner, features, inputs))
+            .abs()
+            .max()
+            .item()
+        )
     captioner.train()  # in eval mode gradients go step by step
-    measured = {"once": all_at_once, "original": functools.partial(word_by_word, False), "steps": functools.partial(word_by_word, True)}
+    measured = {
+        "once": all_at_once,
+        "original": functools.partial(word_by_word, False),
+        "steps": functools.partial(word_by_word, True),
+    }
     times = seconds(measured, device, repeats)
     against = "the same model stepped word by word as the original does"
     return [
-        {"name": f"aoa, B=32, T=20: {against}", "seconds": times["original"], "ratio": None, "against": None},
-        row("aoa: the same with the image projected once", times["steps"], times["original"], against),
-        row(f"aoa: all words at once (logits differ by {difference:.0e})", times["once"], times["original"], against),
+        {
+            "name": f"aoa, B=32, T=20: {against}",
+            "seconds": times["original"],
+            "ratio": None,
+            "against": None,
+        },
+        row(
+            "aoa: the same with the image projected once",
+            times["steps"],
+            times["original"],
+            against,
+        ),
+        row(
+            f"aoa: all words at once (logits differ by {difference:.0e})",
+            times["once"],
+            times["original"],
+            against,
+        ),
     ]
 
 
 def training_data(device, batch=32):
     """Features of VGG16's shape and captions of 20 words."""
-    return torch.rand(batch, *REGIONS, device=device), torch.randint(1, VOCABULARY - 3, (batch, 1, 20), device=device)
+    return torch.rand(batch, *REGIONS, device=device), torch.randint(
+        1, VOCABULARY - 3, (batch, 1, 20), device=device
+    )
 
 
 def training_step(captioner, objective, inputs, features, captions, images=None):
@@ -265,32 +380,58 @@ def bench_inference(device, repeats):
     for model_type in MODELS:
         captioner, _ = random_captioner(device, encoder="vgg16", model_type=model_type)
         features, inputs = training_data(device)
-        plain, half, none = CrossEntropy(captioner.train()), LRPInference(captioner), LRPInference(captioner)
+        plain, half, none = (
+            CrossEntropy(captioner.train()),
+            LRPInference(captioner),
+            LRPInference(captioner),
+        )
         half.quiet = torch.arange(VOCABULARY, device=device) % 2 == 0
         objectives = {"plain": plain, "half": half, "none": none}
-        steps = {name: training_step(captioner, objective, inputs, features, inputs.roll(-1)) for name, objective in objectives.items()}
+        steps = {
+            name: training_step(captioner, objective, inputs, features, inputs.roll(-1))
+            for name, objective in objectives.items()
+        }
         times = seconds(steps, device, repeats)
         against = f"{model_type}: a step of cross-entropy, B=32, T=20, V=10,000"
         rows.append({"name": against, "seconds": times["plain"], "ratio": None, "against": None})
-        rows.append(row(f"{model_type}: a step of LRP-inference", times["half"], times["plain"], against))
-        rows.append(row(f"{model_type}: the same if no predicted word were a stop word", times["none"], times["plain"], against))
+        rows.append(
+            row(f"{model_type}: a step of LRP-inference", times["half"], times["plain"], against)
+        )
+        rows.append(
+            row(
+                f"{model_type}: the same if no predicted word were a stop word",
+                times["none"],
+                times["plain"],
+                against,
+            )
+        )
     return rows
 
 
 def bench_image_inference(device):
     """A step of the earlier, image form of LRP-inference, for one image: every word goes back to the pixels."""
     captioner, _ = random_captioner(device, encoder="vgg16")
-    images = torch.randn(1, 3, captioner.encoder.image_size, captioner.encoder.image_size, device=device)
+    images = torch.randn(
+        1, 3, captioner.encoder.image_size, captioner.encoder.image_size, device=device
+    )
     _, inputs = training_data(device, batch=1)
     features = captioner.encode(images)
     data = inputs, features, inputs.roll(-1), images
     captioner.train()
-    steps = {kind.__name__: training_step(captioner, kind(captioner), *data) for kind in (CrossEntropy, ImageLRPInference)}
+    steps = {
+        kind.__name__: training_step(captioner, kind(captioner), *data)
+        for kind in (CrossEntropy, ImageLRPInference)
+    }
     times = seconds(steps, device, 1)
     against = "gridtd: a step of cross-entropy, B=1, T=20, V=10,000, features given"
     return [
         {"name": against, "seconds": times["CrossEntropy"], "ratio": None, "against": None},
-        row("gridtd: a step of LRP-inference by image heat maps through VGG16", times["ImageLRPInference"], times["CrossEntropy"], against),
+        row(
+            "gridtd: a step of LRP-inference by image heat maps through VGG16",
+            times["ImageLRPInference"],
+            times["CrossEntropy"],
+            against,
+        ),
     ]
 
 
@@ -299,11 +440,15 @@ def bench_reward(device, repeats):
     chooser = random.Random(0)
 
     def caption():
-        return [min(VOCABULARY - 4, 1 + int(chooser.expovariate(1 / 300))) for _ in range(12)]  # few words are frequent
+        return [
+            min(VOCABULARY - 4, 1 + int(chooser.expovariate(1 / 300))) for _ in range(12)
+        ]  # few words are frequent
 
     references = [[caption() for _ in range(5)] for _ in range(128)]
     # half of the words from a reference, or nothing would match
-    captions = [[[*chooser.choice(image)[:6], *caption()[:6]] for _ in range(6)] for image in references]
+    captions = [
+        [[*chooser.choice(image)[:6], *caption()[:6]] for _ in range(6)] for image in references
+    ]
     scorer = CiderD(references, device=device)
     rows = padded([words for image in references for words in image]).unflatten(0, (128, 5))
     hypotheses = padded([words for image in captions for words in image]).unflatten(0, (128, 6))
@@ -313,12 +458,17 @@ def bench_reward(device, repeats):
 
     gts = {(i, k): list(map(text, references[i])) for k in range(6) for i in range(128)}
     res = {(i, k): [text(captions[i][k])] for k in range(6) for i in range(128)}
-    calls = {"ours": lambda: scorer.score(hypotheses, rows), "theirs": lambda: Cider().compute_score(gts, res)}
+    calls = {
+        "ours": lambda: scorer.score(hypotheses, rows),
+        "theirs": lambda: Cider().compute_score(gts, res),
+    }
     times = seconds(calls, device, repeats)
     against = "pycocoevalcap's CIDEr of 128 images x 6 captions"
     return [
         {"name": against, "seconds": times["theirs"], "ratio": None, "against": None},
-        row("CIDEr-D of the same as tensors, corpus known", times["ours"], times["theirs"], against),
+        row(
+            "CIDEr-D of the same as tensors, corpus known", times["ours"], times["theirs"], against
+        ),
     ]
 
 
@@ -328,7 +478,9 @@ def stepped_logits(captioner, features, inputs, look_once=False):
     state = captioner.start(memory, inputs.shape[1])
     for words in inputs.unbind(dim=2):
         memory = memory if look_once else captioner.look(features)
-        context, hidden, state, *_ = captioner.step(captioner.word_inputs(captioner.embedding(words), memory), state, memory)
+        context, hidden, state, *_ = captioner.step(
+            captioner.word_inputs(captioner.embedding(words), memory), state, memory
+        )
         logits.append(captioner.last_layer(context, hidden))
     return torch.stack(logits, dim=2)
 
@@ -339,22 +491,42 @@ def bench_decode(device, repeats):
     with tempfile.TemporaryDirectory() as folder:
         write_scenes(folder, 1, 1, SCENES)
         paths = sorted(Path(folder, "test").glob("*.jpg"))
-        images = torch.stack([image_transform(captioner.encoder.image_size)(load_image(path)) for path in paths])
+        images = torch.stack(
+            [image_transform(captioner.encoder.image_size)(load_image(path)) for path in paths]
+        )
     features = torch.cat([captioner.encode(batch) for batch in images.split(64)])
     calls = {
         "images": lambda: captioner.caption(images),
         "images, one by one": lambda: [captioner.caption(image)[0] for image in images.split(1)],
-        "features": lambda: [words for batch in features.split(64) for words in captioner.decode(batch)],
+        "features": lambda: [
+            words for batch in features.split(64) for words in captioner.decode(batch)
+        ],
         "features, one by one": lambda: [captioner.decode(one)[0] for one in features.split(1)],
     }
     captions = [call() for call in calls.values()]
-    different = max(sum(one != other for one, other in zip(captions[0], others)) for others in captions)
+    different = max(
+        sum(one != other for one, other in zip(captions[0], others)) for others in captions
+    )
     times = seconds(calls, device, repeats)
     rows = []
     for what in ("images", "features"):
         against = f"captioning {SCENES} scenes from {what}, one by one"
-        rows.append({"name": against, "seconds": times[f"{what}, one by one"], "ratio": None, "against": None})
-        rows.append(row(f"in batches ({different} captions differ)", times[what], times[f"{what}, one by one"], against))
+        rows.append(
+            {
+                "name": against,
+                "seconds": times[f"{what}, one by one"],
+                "ratio": None,
+                "against": None,
+            }
+        )
+        rows.append(
+            row(
+                f"in batches ({different} captions differ)",
+                times[what],
+                times[f"{what}, one by one"],
+                against,
+            )
+        )
     return rows
 
 
@@ -375,25 +547,47 @@ def bench_evaluate(device, repeats):
             started = time.perf_counter()
             examiner(images, indices.tolist(), [dataset.entries[index] for index in indices])
             times.append((time.perf_counter() - started) / len(indices))
-    first, last = (statistics.mean(part) for part in (times[1:4], times[4:]))  # the first batch warms up
+    first, last = (
+        statistics.mean(part) for part in (times[1:4], times[4:])
+    )  # the first batch warms up
     against = "four experiments, four methods: one scene, in batches 2 to 4"
-    return [{"name": against, "seconds": first, "ratio": None, "against": None}, row("one scene, in batches 5 to 7", last, first, against)]
+    return [
+        {"name": against, "seconds": first, "ratio": None, "against": None},
+        row("one scene, in batches 5 to 7", last, first, against),
+    ]
 
 
 def row(name, time_taken, reference, against):
     """A result with its ratio."""
-    return {"name": name, "seconds": time_taken, "ratio": time_taken / reference, "against": against}
+    return {
+        "name": name,
+        "seconds": time_taken,
+        "ratio": time_taken / reference,
+        "against": against,
+    }
 
 
-BENCHMARKS = {"explain": bench_explain, "methods": bench_methods, "train": bench_train, "decode": bench_decode, "evaluate": bench_evaluate}
+BENCHMARKS = {
+    "explain": bench_explain,
+    "methods": bench_methods,
+    "train": bench_train,
+    "decode": bench_decode,
+    "evaluate": bench_evaluate,
+}
 
 
 def main():
     """Measure what was asked for and print the rows."""
     parser = CommandLine(description=__doc__)
     parser.add_argument("what", choices=(*BENCHMARKS, "all"), help="what to measure")
-    parser.add_argument("--preset", choices=("coco",), help="for train: training at COCO's size (default: single steps and their parts)")
-    parser.add_argument("--repeats", type=int, default=5, help="counted calls of everything (default: %(default)s)")
+    parser.add_argument(
+        "--preset",
+        choices=("coco",),
+        help="for train: training at COCO's size (default: single steps and their parts)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="counted calls of everything (default: %(default)s)"
+    )
     parser.add_argument("--json", help="also write the rows to this file")
     add_common_flags(parser)
     args = parser.parse_args()
@@ -412,7 +606,15 @@ def main():
         for name, value in result.get("numbers", {}).items():
             print(f"    {name:54s} {value:9.3f}")
     if args.json:
-        write_json(args.json, {**provenance(args.seed), "device": str(device), "threads": torch.get_num_threads(), "rows": rows})
+        write_json(
+            args.json,
+            {
+                **provenance(args.seed),
+                "device": str(device),
+                "threads": torch.get_num_threads(),
+                "rows": rows,
+            },
+        )
 
 
 if __name__ == "__main__":

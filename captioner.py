@@ -19,15 +19,24 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import decoding
-from captiondata import Vocabulary, padded
 from commandline import UserError, write_tensors
 from encoder import ENCODERS, Encoder
-from gradient_utils import GuidedReLU, attention_map, grad_cam, gradient, guided_grad_cam, input_x_gradient
+from gradient_utils import (
+    GuidedReLU,
+    attention_map,
+    grad_cam,
+    gradient,
+    guided_grad_cam,
+    input_x_gradient,
+)
 from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient
+from vocabulary import Vocabulary, padded
 
 CHECKPOINT_FORMAT = "image captioner 1"
 CAPTIONED_AT_ONCE = 64  # images
-IMAGES_PER_BATCH = {"cpu": 8}  # of the encoder, when no gradient is wanted; on a CPU more of them leave its cache
+IMAGES_PER_BATCH = {
+    "cpu": 8
+}  # of the encoder, when no gradient is wanted; on a CPU more of them leave its cache
 DROPOUTS = ("dropout", "embed_dropout", "region_dropout", "attention_dropout")
 PIXELS_PER_PASS = 1_000_000  # of relevance maps propagated at once (20 of 224x224); bounds the memory of `explain`
 
@@ -173,7 +182,9 @@ def run_lstm(lstm, inputs, lengths=None):
             return lstm(inputs.float())[0]
     if lengths is None:
         return lstm(inputs)[0]
-    packed = pack_padded_sequence(inputs, lengths.flatten().clamp(min=1), batch_first=True, enforce_sorted=False)
+    packed = pack_padded_sequence(
+        inputs, lengths.flatten().clamp(min=1), batch_first=True, enforce_sorted=False
+    )
     return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=inputs.shape[1])[0]
 
 
@@ -186,11 +197,19 @@ class Captioner(nn.Module):
         self.embedding = nn.Embedding(len(vocabulary), config.embed_dim)
         self.image_projection = nn.Linear(encoder.out_channels, config.hidden_dim)
         self.fc = nn.Linear(config.hidden_dim, len(vocabulary))
-        self.dropout, self.embed_dropout = nn.Dropout(config.dropout), nn.Dropout(config.embed_dropout)
-        self.region_dropout, self.attention_dropout = nn.Dropout(config.region_dropout), nn.Dropout(config.attention_dropout)
+        self.dropout, self.embed_dropout = (
+            nn.Dropout(config.dropout),
+            nn.Dropout(config.embed_dropout),
+        )
+        self.region_dropout, self.attention_dropout = (
+            nn.Dropout(config.region_dropout),
+            nn.Dropout(config.attention_dropout),
+        )
         silence = torch.zeros(len(vocabulary))
         silence[[vocabulary.pad, vocabulary.start, vocabulary.unk]] = -torch.inf
-        self.register_buffer("silence", silence, persistent=False)  # added to the log-probabilities of what may be said
+        self.register_buffer(
+            "silence", silence, persistent=False
+        )  # added to the log-probabilities of what may be said
 
     @property
     def device(self):
@@ -202,7 +221,11 @@ class Captioner(nn.Module):
 
     def decoder_parameters(self):
         """All parameters but the encoder's."""
-        return [parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")]
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("encoder.")
+        ]
 
     @staticmethod
     def mean_region(regions, mask):
@@ -223,10 +246,16 @@ class Captioner(nn.Module):
         for step, word_input in enumerate(self.word_inputs(embeddings, memory).unbind(dim=2)):
             if lengths is not None:
                 captions = int((lengths > step).any(dim=0).nonzero().max()) + 1
-                word_input, state = word_input[:, :captions], tuple(part[:, :captions] for part in state)
+                word_input, state = (
+                    word_input[:, :captions],
+                    tuple(part[:, :captions] for part in state),
+                )
             context, hidden, state, *attention = self.step(word_input, state, memory, rules)
             steps.append((context, hidden, *attention))
-        return tuple(None if parts[0] is None else torch.stack(widened(parts, embeddings.shape[1]), dim=2) for parts in zip(*steps))
+        return tuple(
+            None if parts[0] is None else torch.stack(widened(parts, embeddings.shape[1]), dim=2)
+            for parts in zip(*steps)
+        )
 
     def all_at_once(self, rules):
         """Whether an LSTM that does not wait for the attention may take a whole caption by nn.LSTM. LRP's rules act inside the
@@ -247,7 +276,9 @@ class Captioner(nn.Module):
         if ss_prob:
             inputs = self._scheduled_inputs(memory, inputs, ss_prob)
         embeddings = self.embed_dropout(self.embedding(inputs))
-        return (last_layer or self.last_layer)(*self.unroll(embeddings, memory, lengths=lengths)[:2])
+        return (last_layer or self.last_layer)(
+            *self.unroll(embeddings, memory, lengths=lengths)[:2]
+        )
 
     @torch.no_grad()
     def _scheduled_inputs(self, memory, inputs, ss_prob):
@@ -257,7 +288,9 @@ class Captioner(nn.Module):
         for t in range(inputs.shape[2]):
             if t > 2:
                 heads = torch.rand(predicted.shape, device=inputs.device) < ss_prob
-                inputs[:, :, t] = torch.where(heads & (inputs[:, :, t] != self.vocabulary.pad), predicted, inputs[:, :, t])
+                inputs[:, :, t] = torch.where(
+                    heads & (inputs[:, :, t] != self.vocabulary.pad), predicted, inputs[:, :, t]
+                )
             log_probabilities, state = self.next_words(inputs[:, :, t], state, memory)
             predicted = log_probabilities.argmax(-1)
         return inputs
@@ -267,11 +300,24 @@ class Captioner(nn.Module):
 
         `<pad>`, `<start>` and `<unk>` are never said (-inf), so that every word of a caption can be explained.
         """
-        context, hidden, state, *_ = self.step(self.word_inputs(self.embedding(words), memory), state, memory)
-        return (last_layer or self.last_layer)(context, hidden).log_softmax(dim=-1) + self.silence, state
+        context, hidden, state, *_ = self.step(
+            self.word_inputs(self.embedding(words), memory), state, memory
+        )
+        return (last_layer or self.last_layer)(context, hidden).log_softmax(
+            dim=-1
+        ) + self.silence, state
 
     @torch.no_grad()
-    def decode(self, features, method="beam", beam_size=3, max_length=None, every=False, strip=(), **options):
+    def decode(
+        self,
+        features,
+        method="beam",
+        beam_size=3,
+        max_length=None,
+        every=False,
+        strip=(),
+        **options,
+    ):
         """Region features (B, L, D) -> B captions, each a list of words.
 
         method: one of decoding.DECODERS, whose own `options` it takes; beam_size: for those that have beams; max_length: words;
@@ -283,15 +329,21 @@ class Captioner(nn.Module):
         for name, value in options.items():
             decoding.check_option(method, name, value)
         with evaluating(self):
-            found = decoding.DECODERS[method](self, features, max_length or self.config.max_length, **options)
-        captions = [[self._stripped(self.vocabulary.decode(ids), strip) for ids in image] for image in found]
+            found = decoding.DECODERS[method](
+                self, features, max_length or self.config.max_length, **options
+            )
+        captions = [
+            [self._stripped(self.vocabulary.decode(ids), strip) for ids in image] for image in found
+        ]
         return captions if every else [first for first, *_ in captions]
 
     @staticmethod
     def _stripped(words, names):
         for name in names:
             if name not in decoding.STRIP:
-                raise UserError(f"there is nothing called '{name}' to strip; choose from {', '.join(decoding.STRIP)}")
+                raise UserError(
+                    f"there is nothing called '{name}' to strip; choose from {', '.join(decoding.STRIP)}"
+                )
             words = decoding.STRIP[name](words)
         return words
 
@@ -299,7 +351,11 @@ class Captioner(nn.Module):
     def caption(self, images, method="beam", beam_size=3, max_length=None, **options):
         """Images (B, 3, H, W), ImageNet-normalised -> B captions, each a list of words; arguments as of `decode`."""
         batches = images.split(CAPTIONED_AT_ONCE)
-        return [words for batch in batches for words in self.decode(self.encode(batch), method, beam_size, max_length, **options)]
+        return [
+            words
+            for batch in batches
+            for words in self.decode(self.encode(batch), method, beam_size, max_length, **options)
+        ]
 
     @torch.no_grad()
     def encode(self, images):
@@ -317,14 +373,20 @@ class Captioner(nn.Module):
         method, another number of captions, an empty caption or a word that the captioner cannot say.
         """
         if method not in METHODS:
-            raise UserError(f"there is no explanation method '{method}'; choose from {', '.join(METHODS)}")
+            raise UserError(
+                f"there is no explanation method '{method}'; choose from {', '.join(METHODS)}"
+            )
         chosen = METHODS[method]
         if through_attention:
             if method != "lrp" or self.config.model_type != "aoa":
-                raise UserError("only LRP of the multi-head captioner (aoa) can go through the attention scores")
+                raise UserError(
+                    "only LRP of the multi-head captioner (aoa) can go through the attention scores"
+                )
             chosen = replace(chosen, rules=AttnLRP)
         if self.encoder.given and chosen.encoder is GuidedReLU:
-            raise UserError(f"{method} needs the CNN's pixels, and bottom-up features come without them")
+            raise UserError(
+                f"{method} needs the CNN's pixels, and bottom-up features come without them"
+            )
         captions = self.caption(images) if captions is None else captions
         if len(captions) != len(images):
             raise UserError(f"{len(images)} images need as many captions, not {len(captions)}")
@@ -332,13 +394,21 @@ class Captioner(nn.Module):
         encoder, explanations = self.encoder.folded(), []
         for chunk in self._chunks(images, ids):
             with evaluating(self):
-                explanations += self._explain_chunk(images[chunk].to(self.device), ids[chunk], chosen, encoder)
+                explanations += self._explain_chunk(
+                    images[chunk].to(self.device), ids[chunk], chosen, encoder
+                )
         return explanations
 
     def _explainable_ids(self, words):
-        unknown = [word for word, index in zip(words, self.vocabulary.encode(words)) if not 0 < index < self.vocabulary.unk]
+        unknown = [
+            word
+            for word, index in zip(words, self.vocabulary.encode(words))
+            if not 0 < index < self.vocabulary.unk
+        ]
         if unknown:
-            raise UserError(f"the word '{unknown[0]}' is not in this captioner's vocabulary, so it cannot be explained")
+            raise UserError(
+                f"the word '{unknown[0]}' is not in this captioner's vocabulary, so it cannot be explained"
+            )
         if not words:
             raise UserError("there is no word to explain in an empty caption")
         return self.vocabulary.encode(words)
@@ -373,14 +443,20 @@ class Captioner(nn.Module):
             parts = self.unroll(embeddings.unsqueeze(1), self.look(features, rules), rules)
             context, hidden, attention = (part.squeeze(1) for part in parts[:3])
             outputs = rules.epsilon(context + hidden)  # (B, T, H)
-            scores = rules.epsilon((outputs * self.fc.weight[targets]).sum(-1) + self.fc.bias[targets])
+            scores = rules.epsilon(
+                (outputs * self.fc.weight[targets]).sum(-1) + self.fc.bias[targets]
+            )
             leaves = (None if encoder.given else images, features, embeddings)
             gradients = self._word_gradients(scores, words, leaves)
         with torch.no_grad():
             maps = method.relevance(leaves, gradients, attention.transpose(0, 1), encoder.grid)
             names = ("image_relevance", "region_relevance", "word_relevance")
-            batch = {name: part.transpose(0, 1) for name, part in zip(names, maps) if part is not None}
-            probabilities = self.fc(outputs).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            batch = {
+                name: part.transpose(0, 1) for name, part in zip(names, maps) if part is not None
+            }
+            probabilities = (
+                self.fc(outputs).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            )
             batch |= {"scores": scores, "probabilities": probabilities, "attention": attention}
         return batch, parts[3]
 
@@ -421,7 +497,10 @@ class Captioner(nn.Module):
 
 def widened(parts, width):
     """Tensors (B, n, ...) of different n, made (B, width, ...) by zeros."""
-    return [torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], dim=1) for part in parts]
+    return [
+        torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], dim=1)
+        for part in parts
+    ]
 
 
 @contextmanager
@@ -476,8 +555,12 @@ def load_captioner(path, device="cpu"):
     checkpoint = read_checkpoint(path, device)
     config = CaptionerConfig(**checkpoint["config"])
     if config.encoder not in ENCODERS:
-        raise UserError(f"{path} uses an encoder '{config.encoder}' that this version does not have")
-    captioner = build_captioner(config, Vocabulary(checkpoint["vocabulary"]), Encoder(config.encoder))
+        raise UserError(
+            f"{path} uses an encoder '{config.encoder}' that this version does not have"
+        )
+    captioner = build_captioner(
+        config, Vocabulary(checkpoint["vocabulary"]), Encoder(config.encoder)
+    )
     captioner.load_state_dict(checkpoint["state_dict"])
     captioner.encoder.to(memory_format=torch.channels_last)  # twice as fast on CPUs
     return captioner.to(device).eval()

@@ -9,16 +9,16 @@ import functools
 from dataclasses import dataclass, field
 
 import torch
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
 from sklearn.metrics import average_precision_score
 
 from bert.bertscore import BertScore
-from captiondata import tokenize
+from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.chair.chair import chair, mentioned_objects, object_phrases, true_objects
+from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.ciderd.ciderd import CiderD
 from pycocoevalcap.java import Meteor, PTBTokenizer, ScorerUnavailable, Spice
+from pycocoevalcap.rouge.rouge import Rouge
+from vocabulary import tokenize
 
 # The frequent object words of the paper's Table 5, as its authors' code lists them.
 FREQUENT_OBJECT_WORDS = {
@@ -26,7 +26,9 @@ FREQUENT_OBJECT_WORDS = {
     "coco": "clock kitchen picture water food pizza grass building bus sign bathroom baseball dog room cat plate train field tennis "
     "person table street woman people man",
 }
-LEAST_FREQUENCY = 50  # training captions that a word must be in to be frequent; the paper's for Flickr30k
+LEAST_FREQUENCY = (
+    50  # training captions that a word must be in to be frequent; the paper's for Flickr30k
+)
 
 
 @dataclass
@@ -62,13 +64,17 @@ class Captions:
         if self.predictions.keys() != self.references.keys():
             raise ValueError("predictions and references are not of the same images")
         self.words = {key: tokenize(sentence) for key, sentence in self.predictions.items()}
-        self.reference_words = {key: list(map(tokenize, self.references[key])) for key in self.predictions}
+        self.reference_words = {
+            key: list(map(tokenize, self.references[key])) for key in self.predictions
+        }
 
     @functools.cached_property
     def ptb(self):
         """(references, predictions, training references) by the PTB tokenizer. ScorerUnavailable without Java."""
         predictions = {key: [sentence] for key, sentence in self.predictions.items()}
-        return PTBTokenizer(self.java_memory).tokenize(self.references, predictions, self.corpus or {})
+        return PTBTokenizer(self.java_memory).tokenize(
+            self.references, predictions, self.corpus or {}
+        )
 
     @functools.cached_property
     def tokenised(self):
@@ -76,7 +82,11 @@ class Captions:
         try:
             return *self.ptb, "PTB"
         except ScorerUnavailable as reason:
-            groups = self.references, {key: [sentence] for key, sentence in self.predictions.items()}, self.corpus or {}
+            groups = (
+                self.references,
+                {key: [sentence] for key, sentence in self.predictions.items()},
+                self.corpus or {},
+            )
             return *map(by_words, groups), f"\\w+, since {reason}"
 
     @functools.cached_property
@@ -88,13 +98,18 @@ class Captions:
     def some_object_words(self):
         """The frequent object words; ScorerUnavailable if there is none."""
         if not self.object_words:
-            raise ScorerUnavailable(f"no object word is in {LEAST_FREQUENCY} training captions; choose a list with --object_words")
+            raise ScorerUnavailable(
+                f"no object word is in {LEAST_FREQUENCY} training captions; choose a list with --object_words"
+            )
         return self.object_words
 
 
 def by_words(group):
     """{key: raw sentences} -> {key: sentences of lower-case `\\w+` tokens}."""
-    return {key: [" ".join(tokenize(sentence)) for sentence in sentences] for key, sentences in group.items()}
+    return {
+        key: [" ".join(tokenize(sentence)) for sentence in sentences]
+        for key, sentences in group.items()
+    }
 
 
 def bleu(captions):
@@ -125,9 +140,15 @@ def cider(captions):
 def cider_d(captions):
     """CIDEr-D with the document frequencies of the training captions."""
     if not captions.corpus:
-        raise ScorerUnavailable("CIDEr-D needs the training captions; give --train_annotations captions_train2017.json")
+        raise ScorerUnavailable(
+            "CIDEr-D needs the training captions; give --train_annotations captions_train2017.json"
+        )
     references, predictions, corpus, _ = captions.tokenised
-    return {"CIDEr-D": CiderD.of_sentences(corpus, device=captions.device).compute_score(references, predictions)[0]}
+    return {
+        "CIDEr-D": CiderD.of_sentences(corpus, device=captions.device).compute_score(
+            references, predictions
+        )[0]
+    }
 
 
 def spice(captions):
@@ -143,13 +164,19 @@ def bertscore(captions):
     scorer = BertScore(captions.bert_model, captions.bert_layer, device=captions.device)
     mean, each = scorer.compute_score(references, predictions)
     scorer.idf = False
-    return {"BERTScore": mean, "BERTScore-best": each[:, 1].mean().item(), "BERTScore-noidf": scorer.compute_score(references, predictions)[0]}
+    return {
+        "BERTScore": mean,
+        "BERTScore-best": each[:, 1].mean().item(),
+        "BERTScore-noidf": scorer.compute_score(references, predictions)[0],
+    }
 
 
 def hallucination(captions):
     """CHAIR-i and CHAIR-s, ground truth = annotated objects and those that the references name."""
     if captions.annotated is None:
-        raise ScorerUnavailable("CHAIR needs to know the objects; give --instances instances_val2017.json, or prepare the dataset again")
+        raise ScorerUnavailable(
+            "CHAIR needs to know the objects; give --instances instances_val2017.json, or prepare the dataset again"
+        )
     truth = true_objects(captions.reference_words, captions.annotated, captions.phrases)
     per_object, per_caption, _ = chair(captions.words, truth, captions.phrases)
     if per_object is None:
@@ -161,7 +188,9 @@ def object_words(captions):
     """Mean precision, recall and F1 of the frequent object words (what the paper calls mAP is their mean precision): a word
     that a caption says is right if a reference of that image says it. A word that no caption says has precision 0."""
     words = captions.some_object_words
-    references = {key: set().union(*sentences) for key, sentences in captions.reference_words.items()}
+    references = {
+        key: set().union(*sentences) for key, sentences in captions.reference_words.items()
+    }
     rows = []
     for word in words:
         said = {key for key, caption in captions.words.items() if word in caption}
@@ -177,7 +206,9 @@ def object_word_ap(captions):
     largest probability that the captioner gave it while it spoke. Words that no reference says are left out."""
     words = captions.some_object_words
     if captions.word_scores is None:
-        raise ScorerUnavailable("the average precision needs the captioner's probabilities; give --checkpoint instead of --predictions")
+        raise ScorerUnavailable(
+            "the average precision needs the captioner's probabilities; give --checkpoint instead of --predictions"
+        )
     keys = list(captions.predictions)
     references = [set().union(*captions.reference_words[key]) for key in keys]
     scores = torch.stack([captions.word_scores[key] for key in keys])
@@ -195,15 +226,24 @@ def diversity(captions):
     """Distinct-1 and -2 (Li et al. 2016): different n-grams over all n-grams of the captions, the words of a caption, and how
     many words are in use."""
     sentences = captions.words.values()
-    grams = {n: [tuple(words[i : i + n]) for words in sentences for i in range(len(words) - n + 1)] for n in (1, 2)}
+    grams = {
+        n: [tuple(words[i : i + n]) for words in sentences for i in range(len(words) - n + 1)]
+        for n in (1, 2)
+    }
     distinct = {f"distinct-{n}": len(set(found)) / max(len(found), 1) for n, found in grams.items()}
-    return {**distinct, "words per caption": len(grams[1]) / len(captions.words), "different words": float(len(set(grams[1])))}
+    return {
+        **distinct,
+        "words per caption": len(grams[1]) / len(captions.words),
+        "different words": float(len(set(grams[1]))),
+    }
 
 
 def planted(captions):
     """Only for datasets that know: the share of captions that name the main object; and, of the images with A as main object
     and no B, of captions that name B, over all planted pairs (A, B)."""
-    named = {key: mentioned_objects(words, captions.phrases) for key, words in captions.words.items()}
+    named = {
+        key: mentioned_objects(words, captions.phrases) for key, words in captions.words.items()
+    }
     main = [category in named[key] for key, category in captions.main_objects.items()]
     tempted = [
         b in named[key]
@@ -235,7 +275,12 @@ def measure(captions, names=tuple(METRICS)):
 def caption_metrics(predictions, references):
     """BLEU-1..4 and CIDEr without Java, for validation: {key: list of words}, {key: raw sentences} -> dict of floats."""
     captions = Captions({key: " ".join(words) for key, words in predictions.items()}, references)
-    captions.tokenised = by_words(captions.references), {key: [s] for key, s in captions.predictions.items()}, {}, "\\w+"
+    captions.tokenised = (
+        by_words(captions.references),
+        {key: [s] for key, s in captions.predictions.items()},
+        {},
+        "\\w+",
+    )
     return {name: float(value) for name, value in {**bleu(captions), **cider(captions)}.items()}
 
 
@@ -247,6 +292,7 @@ def frequent_words(corpus, categories, least=LEAST_FREQUENCY):
         for sentence in sentences:
             for word in candidates.intersection(tokenize(sentence)):
                 counts[word] = counts.get(word, 0) + 1
-    return sorted((word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word))
-
-
+    return sorted(
+        (word for word, count in counts.items() if count >= least),
+        key=lambda word: (-counts[word], word),
+    )

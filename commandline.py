@@ -21,7 +21,9 @@ class UserError(Exception):
     """Something the user can mend; the message is one line that says what is wrong and what to do."""
 
     def __str__(self):
-        return super().__str__().splitlines()[-1].removeprefix("commandline.UserError: ")  # a DataLoader worker adds its traceback
+        return (
+            super().__str__().splitlines()[-1].removeprefix("commandline.UserError: ")
+        )  # a DataLoader worker adds its traceback
 
 
 def run(main):
@@ -34,9 +36,14 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):  # on a CPU it has no class
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(
+            error
+        ):  # on a CPU it has no class
             raise
-        print(f"{Path(sys.argv[0]).name}: error: there is not enough memory; try a smaller --batch_size, or another --device", file=sys.stderr)
+        print(
+            f"{Path(sys.argv[0]).name}: error: there is not enough memory; try a smaller --batch_size, or another --device",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -64,8 +71,16 @@ def random_seed(text):
 
 def add_common_flags(parser, seed=0):
     """Give an argparse parser the flags that all commands understand alike: --device and --seed."""
-    parser.add_argument("--device", help="where to compute, e.g. cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)")
-    parser.add_argument("--seed", type=random_seed, default=seed, help="the one source of randomness (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        help="where to compute, e.g. cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=random_seed,
+        default=seed,
+        help="the one source of randomness (default: %(default)s)",
+    )
 
 
 def choose_device(name=None):
@@ -76,7 +91,9 @@ def choose_device(name=None):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError):
-        raise UserError(f"device '{name}' cannot be used on this machine; try --device cpu") from None
+        raise UserError(
+            f"device '{name}' cannot be used on this machine; try --device cpu"
+        ) from None
     return device
 
 
@@ -117,7 +134,9 @@ def write_tensors(path, value):
 def write_json(path, value, indent=1):
     """Write `value` as JSON to `path`, whole or not at all."""
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path):
@@ -141,7 +160,11 @@ def provenance(seed=None, checkpoint=None):
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": seed,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
         "checkpoint": str(checkpoint) if checkpoint else None,
         "checkpoint_sha256": file_hash(checkpoint) if checkpoint else None,
     }

@@ -13,8 +13,26 @@ import torch.nn.functional as F
 
 from commandline import UserError
 
-BAD_ENDINGS = ("with", "in", "on", "of", "a", "at", "to", "for", "an", "this", "his", "her", "that", "the", "and")
-COMPACT_BELOW = 0.75  # share of images still being captioned below which the others are dropped from the batch
+BAD_ENDINGS = (
+    "with",
+    "in",
+    "on",
+    "of",
+    "a",
+    "at",
+    "to",
+    "for",
+    "an",
+    "this",
+    "his",
+    "her",
+    "that",
+    "the",
+    "and",
+)
+COMPACT_BELOW = (
+    0.75  # share of images still being captioned below which the others are dropped from the batch
+)
 
 
 @torch.no_grad()
@@ -25,7 +43,9 @@ def beam_search(captioner, features, max_length=20, beam_size=3, length_normalis
     hypothesis can still beat its best finished one. Without a finished one the best of `max_length` words is returned.
     length_normalisation: a finished hypothesis of n words, `<end>` included, is ranked by log-probability / n ** this.
     """
-    return diverse_beam_search(captioner, features, max_length, beam_size, 1, 0.0, length_normalisation)
+    return diverse_beam_search(
+        captioner, features, max_length, beam_size, 1, 0.0, length_normalisation
+    )
 
 
 @torch.no_grad()
@@ -41,15 +61,22 @@ def diverse_beam_search(
     batch, device, end = len(features), features.device, captioner.vocabulary.end
     memory = captioner.look(features)
     state = captioner.start(memory, groups)
-    scores = torch.zeros(batch, groups, 1, device=device)  # one empty hypothesis; its `beam_size` best successors become the beams
+    scores = torch.zeros(
+        batch, groups, 1, device=device
+    )  # one empty hypothesis; its `beam_size` best successors become the beams
     words = torch.full((batch, groups), captioner.vocabulary.start, device=device)
     sequences = words.new_empty(*words.shape, 0)
     live = words.new_full((batch, groups, 1), beam_size)
-    best, best_scores = words.new_full((batch, groups, max_length), end), scores.new_full((batch, groups), -torch.inf)
+    best, best_scores = (
+        words.new_full((batch, groups, max_length), end),
+        scores.new_full((batch, groups), -torch.inf),
+    )
     images = torch.arange(batch, device=device)  # those in the batch still
     for length in range(1, max_length + 1):
         log_probabilities, state = captioner.next_words(words, state, memory)
-        scores, parents, words = _best_successors(scores, log_probabilities, live, beam_size, diversity)
+        scores, parents, words = _best_successors(
+            scores, log_probabilities, live, beam_size, diversity
+        )
         state = of_rows(state, torch.arange(len(parents), device=device).unsqueeze(1), parents)
         sequences = torch.cat([reorder(sequences, parents), words.unsqueeze(-1)], dim=-1)
         ended = (words == end).view_as(scores) & scores.isfinite()
@@ -63,7 +90,9 @@ def diverse_beam_search(
         if not remaining:
             break
         if remaining <= COMPACT_BELOW * len(going):
-            images, words, sequences, scores, live = (part[going] for part in (images, words, sequences, scores, live))
+            images, words, sequences, scores, live = (
+                part[going] for part in (images, words, sequences, scores, live)
+            )
             memory, state = of_rows(memory, going), of_rows(state, going)
     unfinished = best_scores[images].isinf().unsqueeze(-1)
     _set_aside(best, best_scores, images, sequences, scores.masked_fill(~unfinished, -torch.inf))
@@ -76,15 +105,24 @@ def _best_successors(scores, log_probabilities, live, beam_size, diversity):
     group: scores (B, G, beam_size), -inf beyond its `live` (B, G, 1), and parents and words (B, G*beam_size)."""
     batch, groups, beams = scores.shape
     vocabulary = log_probabilities.shape[-1]
-    totals = (scores.to(log_probabilities).flatten(1).unsqueeze(-1) + log_probabilities).view(batch, groups, -1)
-    taken = totals.new_zeros(batch, vocabulary)  # how often earlier groups have chosen a word at this step
+    totals = (scores.to(log_probabilities).flatten(1).unsqueeze(-1) + log_probabilities).view(
+        batch, groups, -1
+    )
+    taken = totals.new_zeros(
+        batch, vocabulary
+    )  # how often earlier groups have chosen a word at this step
     chosen = []
     for group in range(groups):
         penalty = (diversity * taken).repeat(1, beams) if group else 0
         values, index = (totals[:, group] - penalty).topk(min(beam_size, totals.shape[-1]))
-        missing = 0, beam_size - values.shape[-1]  # a small vocabulary has not that many words to begin with
+        missing = (
+            0,
+            beam_size - values.shape[-1],
+        )  # a small vocabulary has not that many words to begin with
         values, index = F.pad(values, missing, value=-torch.inf), F.pad(index, missing)
-        values = values.masked_fill(torch.arange(beam_size, device=live.device) >= live[:, group], -torch.inf)
+        values = values.masked_fill(
+            torch.arange(beam_size, device=live.device) >= live[:, group], -torch.inf
+        )
         words = index % vocabulary
         if group < groups - 1:
             taken.scatter_add_(1, words, values.isfinite().to(taken))
@@ -109,7 +147,10 @@ def say(captioner, features, max_length, num_captions, choose):
     memory = captioner.look(features)
     state = captioner.start(memory, num_captions)
     words = torch.full((batch, num_captions), captioner.vocabulary.start, device=features.device)
-    ended, images = torch.zeros_like(words, dtype=torch.bool), torch.arange(batch, device=features.device)
+    ended, images = (
+        torch.zeros_like(words, dtype=torch.bool),
+        torch.arange(batch, device=features.device),
+    )
     said = words.new_full((batch, num_captions, max_length), end)
     for position in range(max_length):
         log_probabilities, state = captioner.next_words(words, state, memory)
@@ -128,7 +169,9 @@ def say(captioner, features, max_length, num_captions, choose):
 
 def greedy(captioner, features, max_length=20):
     """The likeliest next word at every step, until `<end>` or `max_length` words."""
-    return say(captioner, features, max_length, 1, lambda log_probabilities: log_probabilities.argmax(-1))
+    return say(
+        captioner, features, max_length, 1, lambda log_probabilities: log_probabilities.argmax(-1)
+    )
 
 
 def multinomial(captioner, features, max_length=20, num_captions=1, temperature=1.0):
@@ -148,19 +191,33 @@ def gumbel(captioner, features, max_length=20, num_captions=1, temperature=1.0):
 
 def top_k(captioner, features, max_length=20, num_captions=1, temperature=1.0, top_k=10):
     """Words drawn from the `top_k` likeliest (Fan et al. 2018)."""
-    return say(captioner, features, max_length, num_captions, lambda logp: draw(keep_top_k(logp / temperature, top_k)))
+    return say(
+        captioner,
+        features,
+        max_length,
+        num_captions,
+        lambda logp: draw(keep_top_k(logp / temperature, top_k)),
+    )
 
 
 def nucleus(captioner, features, max_length=20, num_captions=1, temperature=1.0, top_p=0.9):
     """Words drawn from the fewest likeliest ones that together have the probability `top_p` (Holtzman et al. 2020)."""
-    return say(captioner, features, max_length, num_captions, lambda logp: draw(keep_nucleus(logp / temperature, top_p)))
+    return say(
+        captioner,
+        features,
+        max_length,
+        num_captions,
+        lambda logp: draw(keep_nucleus(logp / temperature, top_p)),
+    )
 
 
 def draw(logits):
     """Words (B, N) drawn from the softmax of logits (B, N, V). UserError if they are not numbers: a training has diverged."""
     probabilities = logits.softmax(-1).flatten(0, 1)
     if probabilities.isnan().any():
-        raise UserError("the captioner's probabilities are not numbers; the last checkpoint is whole; try a lower --decoder_lr")
+        raise UserError(
+            "the captioner's probabilities are not numbers; the last checkpoint is whole; try a lower --decoder_lr"
+        )
     return torch.multinomial(probabilities, 1).view(logits.shape[:-1])
 
 
@@ -176,7 +233,9 @@ def keep_nucleus(logits, p):
     values, index = logits.sort(dim=-1, descending=True)
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    return torch.full_like(logits, -torch.inf).scatter(-1, index, values.masked_fill(before >= p, -torch.inf))
+    return torch.full_like(logits, -torch.inf).scatter(
+        -1, index, values.masked_fill(before >= p, -torch.inf)
+    )
 
 
 def reorder(sequences, index):
@@ -187,7 +246,10 @@ def reorder(sequences, index):
 def of_rows(part, *index):
     """A state, or a captioner's memory of a batch, with every tensor (B, ...) indexed; `weights` belong to no image."""
     if isinstance(part, dict):
-        return {name: value if name == "weights" else of_rows(value, *index) for name, value in part.items()}
+        return {
+            name: value if name == "weights" else of_rows(value, *index)
+            for name, value in part.items()
+        }
     if isinstance(part, tuple):
         return tuple(of_rows(value, *index) for value in part)
     return None if part is None else part[index]
@@ -219,12 +281,25 @@ DECODERS = {
     "top_k": top_k,
     "nucleus": nucleus,
 }
-STRIP = {"repeats": strip_repeats, "bad_endings": strip_bad_endings}  # what may be removed from a finished caption
+STRIP = {
+    "repeats": strip_repeats,
+    "bad_endings": strip_bad_endings,
+}  # what may be removed from a finished caption
 OPTIONS = {  # of the decoders that take them: type, least and largest value, help
     "beam_size": (int, 1, 10**6, "beams, of each group"),
     "groups": (int, 1, 10**6, "groups of a diverse beam"),
-    "diversity": (float, 0, 10**6, "what a word loses for each beam of an earlier group that chose it at the same step"),
-    "length_normalisation": (float, 0, 100, "rank finished beams of n words by log-probability / n ** this"),
+    "diversity": (
+        float,
+        0,
+        10**6,
+        "what a word loses for each beam of an earlier group that chose it at the same step",
+    ),
+    "length_normalisation": (
+        float,
+        0,
+        100,
+        "rank finished beams of n words by log-probability / n ** this",
+    ),
     "num_captions": (int, 1, 10**6, "captions drawn for an image; the first is used"),
     "temperature": (float, 0.001, 10**6, "divides log-probabilities before a word is drawn"),
     "top_k": (int, 1, 10**6, "likeliest words to draw from"),
@@ -244,7 +319,9 @@ def check_option(method, name, value):
     """UserError unless the decoder has this option and the value makes sense."""
     if name not in options_of(method):
         takers = [decoder for decoder in DECODERS if name in options_of(decoder)]
-        raise UserError(f"--{name} does not go with --decoding {method}; it is for {', '.join(takers) or 'no decoding'}")
+        raise UserError(
+            f"--{name} does not go with --decoding {method}; it is for {', '.join(takers) or 'no decoding'}"
+        )
     _, least, most, _ = OPTIONS[name]
     if not least <= value <= most:
         raise UserError(f"--{name} must be from {least} to {most}, not {value}")
@@ -254,14 +331,30 @@ def add_decoding_flags(parser, max_length=None):
     """Give an argparse parser the flags of how to caption: --decoding, --max_length and what the decoders take. max_length: the
     default; None means the captioner's own."""
     group = parser.add_argument_group("decoding")
-    group.add_argument("--decoding", choices=DECODERS, default="beam", help="how to caption (default: %(default)s)")
+    group.add_argument(
+        "--decoding", choices=DECODERS, default="beam", help="how to caption (default: %(default)s)"
+    )
     shown = "the captioner's own" if max_length is None else max_length
-    group.add_argument("--max_length", type=int, default=max_length, help=f"words of the longest caption (default: {shown})")
+    group.add_argument(
+        "--max_length",
+        type=int,
+        default=max_length,
+        help=f"words of the longest caption (default: {shown})",
+    )
     for name, (kind, *_, text) in OPTIONS.items():
-        takers = {method: options_of(method)[name] for method in DECODERS if name in options_of(method)}
+        takers = {
+            method: options_of(method)[name] for method in DECODERS if name in options_of(method)
+        }
         default = next(iter(takers.values()))
-        group.add_argument(f"--{name}", type=kind, help=f"{text} ({', '.join(takers)}; default: {default})")
-    group.add_argument("--strip", nargs="+", choices=STRIP, help="drop repeated words, or prepositions and articles at the end")
+        group.add_argument(
+            f"--{name}", type=kind, help=f"{text} ({', '.join(takers)}; default: {default})"
+        )
+    group.add_argument(
+        "--strip",
+        nargs="+",
+        choices=STRIP,
+        help="drop repeated words, or prepositions and articles at the end",
+    )
 
 
 def decoding_options(args):

@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commandline import UserError, choose_device
 
-PATIENCE = timedelta(hours=12)  # with the slowest process: a share of the experiments takes hours, and PyTorch waits 30 minutes
+PATIENCE = timedelta(
+    hours=12
+)  # with the slowest process: a share of the experiments takes hours, and PyTorch waits 30 minutes
 
 
 def rank():
@@ -49,11 +51,15 @@ def restarted():
 def own_device(name=None):
     """As `choose_device`; without a name, or for "cuda", the GPU that is this process' own on its machine."""
     if world_size() > 1 and (name or "").startswith("cuda:"):
-        raise UserError(f"--device {name} would give all {world_size()} processes the same GPU; say --device cuda, or nothing")
+        raise UserError(
+            f"--device {name} would give all {world_size()} processes the same GPU; say --device cuda, or nothing"
+        )
     if world_size() > 1 and name in (None, "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+            raise UserError(
+                f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine"
+            )
         name = f"cuda:{local}"
     return choose_device(name)
 
@@ -66,7 +72,9 @@ def job(device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
+    )
     yield
     dist.destroy_process_group()  # not after an error: it may wait for the others, which wait for this process
 

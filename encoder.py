@@ -1,8 +1,8 @@
 """Image encoders: an image becomes a grid of region features A (L, D), a_i the feature vector of region i (paper §3.1).
 
-    encoder = build_encoder("vgg16")                          # torchvision's ImageNet weights, downloaded once
-    encoder = build_encoder("squeezenet1_1", "weights.pth")   # a local state dict of torchvision's whole network
-    features = encoder(images)                                # (B, 3, 224, 224), ImageNet-normalised -> (B, L, D)
+encoder = build_encoder("vgg16")                          # torchvision's ImageNet weights, downloaded once
+encoder = build_encoder("squeezenet1_1", "weights.pth")   # a local state dict of torchvision's whole network
+features = encoder(images)                                # (B, 3, 224, 224), ImageNet-normalised -> (B, L, D)
 """
 
 import copy
@@ -20,8 +20,8 @@ import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from captiondata import IMAGENET_MEAN, IMAGENET_STD
 from commandline import UserError
+from images import IMAGENET_MEAN, IMAGENET_STD
 
 # Feature maps and max-pools ("M") of the small VGG that is trained from scratch on the drawn scenes (128 -> 8 pixels).
 SCENES_VGG = (16, "M", 32, "M", 64, 64, "M", 128, 128, "M", 256)
@@ -34,7 +34,11 @@ def scenes_vgg_layers():
         if width == "M":
             layers.append(nn.MaxPool2d(2))
         else:
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
             channels = width
     return nn.Sequential(*layers)
 
@@ -54,14 +58,18 @@ def inception_v3_layers(end):
 def without_tail(network, name):
     """The children of a torchvision network before the one called `name`, in order, as a Sequential that keeps their names."""
     children = dict(network.named_children())
-    return nn.Sequential(OrderedDict(itertools.takewhile(lambda item: item[0] != name, children.items())))
+    return nn.Sequential(
+        OrderedDict(itertools.takewhile(lambda item: item[0] != name, children.items()))
+    )
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
     """What is fixed about an encoder; `scale` brings the mean activation near that of VGG16, and is part of the encoder."""
 
-    layers: Callable  # () -> nn.Sequential, random weights; empty where the regions' features are given
+    layers: (
+        Callable  # () -> nn.Sequential, random weights; empty where the regions' features are given
+    )
     pretrained: str | None  # torchvision's name of the network that carries the ImageNet weights
     out_channels: int
     image_size: int | None
@@ -72,13 +80,24 @@ class EncoderSpec:
 ENCODERS = {
     "scenes_vgg": EncoderSpec(scenes_vgg_layers, None, 256, 128, (8, 8), scale=5.0),
     # The paper's encoder: VGG16 up to relu5_3, that is without its last max-pool (§4).
-    "vgg16": EncoderSpec(lambda: torchvision.models.vgg16().features[:-1], "vgg16", 512, 224, (14, 14)),
+    "vgg16": EncoderSpec(
+        lambda: torchvision.models.vgg16().features[:-1], "vgg16", 512, 224, (14, 14)
+    ),
     "resnet101": EncoderSpec(resnet101_layers, "resnet101", 2048, 224, (7, 7)),
     "squeezenet1_1": EncoderSpec(
-        lambda: torchvision.models.squeezenet1_1().features, "squeezenet1_1", 512, 224, (13, 13), scale=0.2
+        lambda: torchvision.models.squeezenet1_1().features,
+        "squeezenet1_1",
+        512,
+        224,
+        (13, 13),
+        scale=0.2,
     ),
-    "inception_v3": EncoderSpec(lambda: inception_v3_layers("Mixed_7a"), "inception_v3", 1280, 299, (8, 8), scale=5.0),
-    "inception_v3_6e": EncoderSpec(lambda: inception_v3_layers("Mixed_6e"), "inception_v3", 768, 299, (17, 17), scale=10.0),
+    "inception_v3": EncoderSpec(
+        lambda: inception_v3_layers("Mixed_7a"), "inception_v3", 1280, 299, (8, 8), scale=5.0
+    ),
+    "inception_v3_6e": EncoderSpec(
+        lambda: inception_v3_layers("Mixed_6e"), "inception_v3", 768, 299, (17, 17), scale=10.0
+    ),
     # Features of at most 36 boxes from an object detector (Anderson et al. 2018), which stands outside of this project.
     "bottom_up": EncoderSpec(nn.Sequential, None, 2048, None, (36, 1)),
 }
@@ -90,7 +109,12 @@ class Encoder(nn.Module):
     def __init__(self, name):
         super().__init__()
         spec = ENCODERS[name]
-        self.name, self.out_channels, self.image_size, self.grid = name, spec.out_channels, spec.image_size, spec.grid
+        self.name, self.out_channels, self.image_size, self.grid = (
+            name,
+            spec.out_channels,
+            spec.image_size,
+            spec.grid,
+        )
         self.scale = spec.scale
         self.net = spec.layers()
 
@@ -148,19 +172,26 @@ def build_encoder(name, weights=None):
     if has_learnt(name, weights):
         state = _download(pretrained) if weights is None else _read_state_dict(weights)
         _load_weights(encoder.net, state, weights or f"torchvision's {pretrained}")
-        if pretrained == "inception_v3" and {"fc.weight", "Conv2d_1a_3x3.conv.weight"} <= state.keys():  # torchvision's whole network
+        if (
+            pretrained == "inception_v3"
+            and {"fc.weight", "Conv2d_1a_3x3.conv.weight"} <= state.keys()
+        ):  # torchvision's whole network
             _fold_input_transform(encoder.net.Conv2d_1a_3x3)
     return encoder.eval().requires_grad_(False)
 
 
 def has_learnt(name, weights):
     """Whether `build_encoder` of these finds weights, in a file or torchvision's, rather than draws random ones."""
-    return weights not in (None, "random") or weights is None and ENCODERS[name].pretrained is not None
+    return (
+        weights not in (None, "random") or weights is None and ENCODERS[name].pretrained is not None
+    )
 
 
 def _download(pretrained):
     try:
-        return torchvision.models.get_weight(f"{_weights_class(pretrained)}.IMAGENET1K_V1").get_state_dict(progress=True)
+        return torchvision.models.get_weight(
+            f"{_weights_class(pretrained)}.IMAGENET1K_V1"
+        ).get_state_dict(progress=True)
     except (URLError, OSError) as error:
         raise UserError(
             f"the ImageNet weights of {pretrained} could not be downloaded ({error}); "
@@ -174,7 +205,9 @@ def _weights_class(pretrained):
 
 def _read_state_dict(path):
     if not Path(path).is_file():
-        raise UserError(f"there is no file {path}; --encoder_weights takes a state dict saved by torch.save, or 'random'")
+        raise UserError(
+            f"there is no file {path}; --encoder_weights takes a state dict saved by torch.save, or 'random'"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         return loaded.get("state_dict", loaded)  # a captioner's checkpoint holds more
@@ -187,7 +220,14 @@ def _load_weights(net, state_dict, source):
     prefixes = re.compile(r"^(features\.|(encoder\.)?net\.)")
     values = {prefixes.sub("", key): value for key, value in state_dict.items()}
     try:
-        net.load_state_dict({key: values[key] for key in net.state_dict() if key in values or "num_batches" not in key}, strict=False)
+        net.load_state_dict(
+            {
+                key: values[key]
+                for key in net.state_dict()
+                if key in values or "num_batches" not in key
+            },
+            strict=False,
+        )
     except (KeyError, RuntimeError):
         raise UserError(f"{source} does not hold the weights of this encoder") from None
 
@@ -198,6 +238,9 @@ def _fold_input_transform(stem):
 
     x' = x std / 0.5 + (mean - 0.5) / 0.5 for each colour; the constant part moves the batch-norm's running mean.
     """
-    mean, std = (stem.conv.weight.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        stem.conv.weight.new_tensor(values).view(1, 3, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     stem.bn.running_mean -= (stem.conv.weight * (mean - 0.5) / 0.5).sum((1, 2, 3))
     stem.conv.weight *= std / 0.5

@@ -12,10 +12,10 @@ import torch
 from pycocotools import mask as rle
 from sklearn.metrics import roc_auc_score
 
-from captiondata import STOP_WORDS, tokenize
 from captioner import evaluating
 from gradient_utils import enlarge
 from pycocoevalcap.chair.chair import find_objects
+from vocabulary import STOP_WORDS, tokenize
 
 FIRST_TARGET = 5  # the first five words of a caption are left out (§4.1)
 DELETED_WORDS = 3
@@ -55,11 +55,17 @@ def last_word_probabilities(captioner, features, sequences):
     """features (B, L, D), for each image a list of sequences of word ids -> for each image the probabilities of the last word of
     each sequence after the words before it, as lists of floats. One forward pass for all of them."""
     vocabulary = captioner.vocabulary
-    most, longest = max(map(len, sequences)), max((len(ids) for image in sequences for ids in image), default=0)
+    most, longest = (
+        max(map(len, sequences)),
+        max((len(ids) for image in sequences for ids in image), default=0),
+    )
     if not most:
         return [[] for _ in sequences]
     inputs = torch.full((len(sequences), most, longest), vocabulary.pad)
-    last, targets = torch.zeros(len(sequences), most, dtype=torch.long), torch.zeros(len(sequences), most, dtype=torch.long)
+    last, targets = (
+        torch.zeros(len(sequences), most, dtype=torch.long),
+        torch.zeros(len(sequences), most, dtype=torch.long),
+    )
     for image, row in enumerate(sequences):
         for place, ids in enumerate(row):
             inputs[image, place, : len(ids)] = torch.tensor([vocabulary.start, *ids[:-1]])
@@ -67,8 +73,13 @@ def last_word_probabilities(captioner, features, sequences):
     inputs, last, targets = (part.to(features.device) for part in (inputs, last, targets))
     with evaluating(captioner):
         parts = captioner.unroll(captioner.embedding(inputs), captioner.look(features))[:2]
-        parts = [part.gather(2, last[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2) for part in parts]  # (B, N, H)
-        found = captioner.last_layer(*parts).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        parts = [
+            part.gather(2, last[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2)
+            for part in parts
+        ]  # (B, N, H)
+        found = (
+            captioner.last_layer(*parts).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        )
     return [row[: len(image)] for row, image in zip(found.tolist(), sequences)]
 
 
@@ -84,7 +95,11 @@ def patch_order(relevance):
     """The patches of 8x8 pixels of a map (H, W), numbered row by row, by falling sum; pixels beyond the last whole patch belong to
     none."""
     rows, columns = (side // PATCH for side in relevance.shape)
-    sums = relevance[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH).sum(dim=(1, 3))
+    sums = (
+        relevance[: rows * PATCH, : columns * PATCH]
+        .reshape(rows, PATCH, columns, PATCH)
+        .sum(dim=(1, 3))
+    )
     return sums.flatten().argsort(descending=True, stable=True).tolist()
 
 
@@ -117,7 +132,10 @@ def box_masks(boxes, size, shape):
     height, width = shape
     x = (torch.arange(width) + 0.5) * size[0] / width
     y = (torch.arange(height) + 0.5) * size[1] / height
-    masks = [((y >= y1) & (y < y2)).unsqueeze(1) & ((x >= x1) & (x < x2)).unsqueeze(0) for x1, y1, x2, y2 in boxes]
+    masks = [
+        ((y >= y1) & (y < y2)).unsqueeze(1) & ((x >= x1) & (x < x2)).unsqueeze(0)
+        for x1, y1, x2, y2 in boxes
+    ]
     return torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
 
 
@@ -142,7 +160,9 @@ def correctness(relevance, masks, thresholds=THRESHOLDS):
     results = []
     for threshold in thresholds:
         kept = torch.where(positive > threshold, positive, 0)
-        results.append((kept * masks).sum(dim=(1, 2)) / kept.sum().clamp(min=torch.finfo(positive.dtype).tiny))
+        results.append(
+            (kept * masks).sum(dim=(1, 2)) / kept.sum().clamp(min=torch.finfo(positive.dtype).tiny)
+        )
     return torch.stack(results, dim=1)
 
 
@@ -155,16 +175,30 @@ def hits(relevance, mask):
 def rank_accuracy(relevance, mask):
     """The share of the K highest pixels of a map (H, W) that lie in a mask of K pixels (Arras et al. 2022)."""
     count = int(mask.sum())
-    return mask.flatten()[relevance.flatten().argsort(descending=True, stable=True)[:count]].float().mean().item() if count else 0.0
+    return (
+        mask.flatten()[relevance.flatten().argsort(descending=True, stable=True)[:count]]
+        .float()
+        .mean()
+        .item()
+        if count
+        else 0.0
+    )
 
 
 def localisation(relevance, boxes, outline):
     """All of these for a map (H, W), masks of boxes (N, H, W), and the objects' outline (H, W) or None."""
     union = boxes.any(0)
-    found = {"union": correctness(relevance, union.unsqueeze(0))[0].tolist(), "best box": correctness(relevance, boxes).amax(0).tolist()}
+    found = {
+        "union": correctness(relevance, union.unsqueeze(0))[0].tolist(),
+        "best box": correctness(relevance, boxes).amax(0).tolist(),
+    }
     if outline is not None:
         found["segmentation"] = correctness(relevance, outline.unsqueeze(0))[0].tolist()
-    return {**found, "pointing game": hits(relevance, union), "rank accuracy": rank_accuracy(relevance, union)}
+    return {
+        **found,
+        "pointing game": hits(relevance, union),
+        "rank accuracy": rank_accuracy(relevance, union),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- hallucination
@@ -175,8 +209,16 @@ def statistics_of(relevance, method="lrp"):
     quantiles; no means of attention, which sums to 1 for every word. `relevance`: any tensor, taken as it is, not normalised."""
     values = relevance.flatten().double()
     positive = values[values > 0]
-    means = {"mean": values.mean(), "mean positive": positive.mean() if len(positive) else torch.zeros(()), "mean size": values.abs().mean()}
-    names = {"max": values.max(), **(means if method != "attention" else {}), **{f"quantile {q}": values.quantile(q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)}}
+    means = {
+        "mean": values.mean(),
+        "mean positive": positive.mean() if len(positive) else torch.zeros(()),
+        "mean size": values.abs().mean(),
+    }
+    names = {
+        "max": values.max(),
+        **(means if method != "attention" else {}),
+        **{f"quantile {q}": values.quantile(q) for q in (0.1, 0.25, 0.5, 0.75, 0.9)},
+    }
     return {name: value.item() for name, value in names.items()}
 
 
@@ -193,7 +235,11 @@ def bootstrap(statistic, groups, draws=1000, seed=0, level=0.95):
     generator = np.random.default_rng(seed)
     values = []
     for _ in range(draws):
-        rows = [row for index in generator.integers(len(groups), size=len(groups)) for row in groups[index]]
+        rows = [
+            row
+            for index in generator.integers(len(groups), size=len(groups))
+            for row in groups[index]
+        ]
         values.append(statistic(rows) if rows else None)
     values = [value for value in values if value is not None]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if values else (None, None)
@@ -211,7 +257,12 @@ class Examiner:
     """
 
     def __init__(self, captioner, methods, phrases, object_words, wanted, decoding, seed=0):
-        self.captioner, self.methods, self.phrases, self.object_words = captioner, methods, phrases, set(object_words)
+        self.captioner, self.methods, self.phrases, self.object_words = (
+            captioner,
+            methods,
+            phrases,
+            set(object_words),
+        )
         self.wanted, self.decoding, self.seed = wanted, decoding, seed
 
     def __call__(self, images, indices, entries):
@@ -219,7 +270,12 @@ class Examiner:
         features = self.captioner.encode(images)
         captions = self.captioner.decode(features, **self.decoding)
         spoken = [place for place, words in enumerate(captions) if words]
-        explained = {method: self.captioner.explain(images[spoken], [captions[place] for place in spoken], method) for method in self.methods}
+        explained = {
+            method: self.captioner.explain(
+                images[spoken], [captions[place] for place in spoken], method
+            )
+            for method in self.methods
+        }
         records = [{"index": index, "caption": words} for index, words in zip(indices, captions)]
         cases = [
             Case(images[place], features[place], captions[place], {method: found[row] for method, found in explained.items()},
@@ -237,17 +293,33 @@ class Examiner:
         for case in cases:
             rows.append([])
             sequences.append([])
-            ids, generator = self.captioner.vocabulary.encode(case.words), random.Random(f"words {case.seed}")
-            for position, kind in sorted({**case.stop_words(), **dict.fromkeys(case.named, "object")}.items()):
+            ids, generator = (
+                self.captioner.vocabulary.encode(case.words),
+                random.Random(f"words {case.seed}"),
+            )
+            for position, kind in sorted(
+                {**case.stop_words(), **dict.fromkeys(case.named, "object")}.items()
+            ):
                 if position < FIRST_TARGET:
                     continue
                 deleted = {"random": random_words(position, generator)}
                 for method, explanation in case.explained.items():
                     if method != "attention":  # it says nothing of words
-                        deleted[method] = related_words(explanation.word_relevance[position], position, method in SIGNED_WORDS)
-                sequences[-1] += [ids[: position + 1], *(without(ids[: position + 1], places) for places in deleted.values())]
+                        deleted[method] = related_words(
+                            explanation.word_relevance[position], position, method in SIGNED_WORDS
+                        )
+                sequences[-1] += [
+                    ids[: position + 1],
+                    *(without(ids[: position + 1], places) for places in deleted.values()),
+                ]
                 rows[-1].append({"word": case.words[position], "kind": kind, "drop": list(deleted)})
-        probabilities = last_word_probabilities(self.captioner, torch.stack([case.features for case in cases]), sequences) if cases else []
+        probabilities = (
+            last_word_probabilities(
+                self.captioner, torch.stack([case.features for case in cases]), sequences
+            )
+            if cases
+            else []
+        )
         for image, found in zip(rows, map(iter, probabilities)):
             for row in image:
                 before = next(found)
@@ -261,7 +333,10 @@ class Examiner:
         for image, case in zip(rows, cases):
             shape, generator = case.pixels.shape[1:], random.Random(f"patches {case.seed}")
             for position in case.named:
-                orders = {method: patch_order(explanation.image_relevance[position]) for method, explanation in case.explained.items()}
+                orders = {
+                    method: patch_order(explanation.image_relevance[position])
+                    for method, explanation in case.explained.items()
+                }
                 orders["random"] = random_order(shape, generator)
                 before = next(iter(case.explained.values())).probabilities[position].item()
                 image.append({"word": case.words[position], "gone": {}, "drop": {}})
@@ -287,17 +362,26 @@ class Examiner:
         variants, shape = [], case.pixels.shape[1:]
         for order in orders.values():
             masks = [patches_mask(order[: round(share * len(order))], shape) for share in SHARES]
-            variants += [blanked(case.pixels, mask) for mask in masks] + [blanked(case.pixels, ~mask) for mask in masks]
+            variants += [blanked(case.pixels, mask) for mask in masks] + [
+                blanked(case.pixels, ~mask) for mask in masks
+            ]
         features = self.captioner.encode(torch.stack(variants))
         found = last_word_probabilities(self.captioner, features, [[ids]] * len(variants))
         means = iter(np.array(found).reshape(-1, len(SHARES)).mean(1).tolist())
         pairs = {method: (next(means), next(means)) for method in orders}
-        return {"deletion": {method: pair[0] for method, pair in pairs.items()}, "insertion": {method: pair[1] for method, pair in pairs.items()}}
+        return {
+            "deletion": {method: pair[0] for method, pair in pairs.items()},
+            "insertion": {method: pair[1] for method, pair in pairs.items()},
+        }
 
     def correctness(self, cases):
         """For each word that names an annotated object: where the positive and the negative relevance lies."""
         return [
-            [self._localised(case, position, category) for position, category in case.named.items() if category in case.annotated]
+            [
+                self._localised(case, position, category)
+                for position, category in case.named.items()
+                if category in case.annotated
+            ]
             for case in cases
         ]
 
@@ -306,17 +390,37 @@ class Examiner:
         size, shape = (case.entry["width"], case.entry["height"]), case.pixels.shape[1:]
         boxes = box_masks([thing["bbox"] for thing in things], size, shape)
         union = boxes.any(0)
-        outlines = [segmentation_mask(thing["segmentation"], size, shape) for thing in things if thing.get("segmentation")]
+        outlines = [
+            segmentation_mask(thing["segmentation"], size, shape)
+            for thing in things
+            if thing.get("segmentation")
+        ]
         row = {"word": case.words[position], "area": union.float().mean().item(), "methods": {}}
-        maps = {method: explanation.image_relevance[position] for method, explanation in case.explained.items()}
-        maps |= {f"negative {method}": -relevance for method, relevance in maps.items() if method not in NEVER_NEGATIVE}
+        maps = {
+            method: explanation.image_relevance[position]
+            for method, explanation in case.explained.items()
+        }
+        maps |= {
+            f"negative {method}": -relevance
+            for method, relevance in maps.items()
+            if method not in NEVER_NEGATIVE
+        }
         outline = torch.stack(outlines).any(0) if len(outlines) == len(things) else None
-        row["methods"] = {method: localisation(relevance, boxes, outline) for method, relevance in maps.items()}
+        row["methods"] = {
+            method: localisation(relevance, boxes, outline) for method, relevance in maps.items()
+        }
         if "attention" in maps:
             heads = case.explained["attention"].attention[position]  # (heads, L)
             if len(heads) > 1:
-                found = [localisation(relevance[0], boxes, outline) for relevance in enlarge(heads.unsqueeze(1), self.captioner.encoder.grid, case.pixels)]
-                row["methods"]["attention, best head"] = {name: np.max([one[name] for one in found], axis=0).tolist() for name in found[0]}
+                found = [
+                    localisation(relevance[0], boxes, outline)
+                    for relevance in enlarge(
+                        heads.unsqueeze(1), self.captioner.encoder.grid, case.pixels
+                    )
+                ]
+                row["methods"]["attention, best head"] = {
+                    name: np.max([one[name] for one in found], axis=0).tolist() for name in found[0]
+                }
         return row
 
     def hallucination(self, cases):
@@ -324,15 +428,35 @@ class Examiner:
         the image shows it), and what the maps say."""
         rows = []
         for case in cases:
-            references = {word for sentence in case.entry["captions"] for word in tokenize(sentence)}
+            references = {
+                word for sentence in case.entry["captions"] for word in tokenize(sentence)
+            }
             rows.append([])
             for position, word in enumerate(case.words):
                 if word in self.object_words:
-                    scores = {method: statistics_of(explanation.image_relevance[position], method) for method, explanation in case.explained.items()}
+                    scores = {
+                        method: statistics_of(explanation.image_relevance[position], method)
+                        for method, explanation in case.explained.items()
+                    }
                     beta = next(iter(case.explained.values())).beta
-                    scores |= {"1 - beta": {"value": 1 - beta[position].item()}} if beta is not None else {}
-                    shown = case.named[position] in case.annotated if case.annotated and position in case.named else None
-                    rows[-1].append({"word": word, "supported": word in references, "shown": shown, "scores": scores})
+                    scores |= (
+                        {"1 - beta": {"value": 1 - beta[position].item()}}
+                        if beta is not None
+                        else {}
+                    )
+                    shown = (
+                        case.named[position] in case.annotated
+                        if case.annotated and position in case.named
+                        else None
+                    )
+                    rows[-1].append(
+                        {
+                            "word": word,
+                            "supported": word in references,
+                            "shown": shown,
+                            "scores": scores,
+                        }
+                    )
         return rows
 
 
@@ -374,7 +498,12 @@ PAPER = {
     "hallucination": {"gridtd": {("lrp", "max"): 0.61, ("lrp", "mean"): 0.64, ("guided_gradcam", "mean size"): 0.54, ("1 - beta", "value"): 0.54, ("guided_gradcam", "mean"): 0.45},
                       "adaptive": {("lrp", "max"): 0.66, ("lrp", "mean"): 0.64, ("guided_gradcam", "mean size"): 0.58, ("1 - beta", "value"): 0.53, ("guided_gradcam", "mean"): 0.42}},
 }  # fmt: skip
-WORD_GRADIENTS = ("gradient", "gradcam", "guided_gradcam", "guided_backprop")  # they differ in the encoder only: one word relevance
+WORD_GRADIENTS = (
+    "gradient",
+    "gradcam",
+    "guided_gradcam",
+    "guided_backprop",
+)  # they differ in the encoder only: one word relevance
 
 
 def share(flags):
@@ -393,12 +522,29 @@ def summarise_word_ablation(records, model_type):
     found = [record.get("word_ablation", []) for record in records]
     for kind in ("stop", "object"):
         words = [[row["drop"] for row in image if row["kind"] == kind] for image in found]
-        for method in dict.fromkeys(method for image in words for drops in image for method in drops):
+        for method in dict.fromkeys(
+            method for image in words for drops in image for method in drops
+        ):
             drops = [[row[method] for row in image] for image in words]
             value, low, high = bootstrap(lambda flat: share([drop > 0 for drop in flat]), drops)
-            paper = PAPER["word_ablation"].get(model_type, {}).get((kind, "gradient" if method in WORD_GRADIENTS else method))
+            paper = (
+                PAPER["word_ablation"]
+                .get(model_type, {})
+                .get((kind, "gradient" if method in WORD_GRADIENTS else method))
+            )
             flat = sum(drops, [])
-            rows.append({"kind": kind, "method": method, "words": len(flat), "drops": value, "low": low, "high": high, "mean drop": mean(flat), "paper": paper})
+            rows.append(
+                {
+                    "kind": kind,
+                    "method": method,
+                    "words": len(flat),
+                    "drops": value,
+                    "low": low,
+                    "high": high,
+                    "mean drop": mean(flat),
+                    "paper": paper,
+                }
+            )
     return rows
 
 
@@ -408,9 +554,13 @@ def summarise_image_ablation(records, model_type):
     words = [record.get("image_ablation", []) for record in records]
     flat, rows = sum(words, []), []
     for method in flat[0]["gone"] if flat else ():
-        value, low, high = bootstrap(share, [[row["gone"][method] for row in image] for image in words])
+        value, low, high = bootstrap(
+            share, [[row["gone"][method] for row in image] for image in words]
+        )
         drops = [row["drop"][method] for row in flat if row["drop"][method] is not None]
-        areas = {name: mean([row[name][method] for row in flat]) for name in ("deletion", "insertion")}
+        areas = {
+            name: mean([row[name][method] for row in flat]) for name in ("deletion", "insertion")
+        }
         rows.append({"method": method, "words": len(flat), "gone": value, "low": low, "high": high, "drops of the rest": share([drop > 0 for drop in drops]),
                      "mean drop": mean(drops), **areas})  # fmt: skip
     return rows
@@ -421,11 +571,19 @@ def summarise_correctness(records, model_type):
     segmentation, pointing game, rank accuracy, and the curves over THRESHOLDS. "area" is what a map of one value would get."""
     words = [record.get("correctness", []) for record in records]
     flat = sum(words, [])
-    rows = [{"method": "area", "words": len(flat), "union": mean([row["area"] for row in flat])}] if flat else []
+    rows = (
+        [{"method": "area", "words": len(flat), "union": mean([row["area"] for row in flat])}]
+        if flat
+        else []
+    )
     for method in flat[0]["methods"] if flat else ():
         found = [[row["methods"][method] for row in image] for image in words]
         one = sum(found, [])
-        curves = {name: np.mean([row[name] for row in one], axis=0).tolist() for name in ("union", "best box", "segmentation") if all(name in row for row in one)}
+        curves = {
+            name: np.mean([row[name] for row in one], axis=0).tolist()
+            for name in ("union", "best box", "segmentation")
+            if all(name in row for row in one)
+        }
         value, low, high = bootstrap(mean, [[row["union"][0] for row in image] for image in found])
         rows.append({"method": method, "words": len(one), "union": value, "low": low, "high": high,
                      **{name: curve[0] for name, curve in curves.items() if name != "union"},
@@ -438,15 +596,36 @@ def summarise_hallucination(records, model_type):
     the same by what the image shows, and how many of either there are."""
     words = [record.get("hallucination", []) for record in records]
     flat, rows = sum(words, []), []
-    for method, names in {name: values for row in flat for name, values in row["scores"].items()}.items():
+    for method, names in {
+        name: values for row in flat for name, values in row["scores"].items()
+    }.items():
         for statistic in names:
             row = {"method": method, "statistic": statistic}
             for label in ("supported", "shown"):
-                pairs = [[(one["scores"][method][statistic], int(one[label])) for one in image if one[label] is not None] for image in words]
-                value, low, high = bootstrap(lambda chosen: auc(*zip(*chosen)) if chosen else None, pairs, draws=200)
+                pairs = [
+                    [
+                        (one["scores"][method][statistic], int(one[label]))
+                        for one in image
+                        if one[label] is not None
+                    ]
+                    for image in words
+                ]
+                value, low, high = bootstrap(
+                    lambda chosen: auc(*zip(*chosen)) if chosen else None, pairs, draws=200
+                )
                 labels = [flag for image in pairs for _, flag in image]
-                row |= {f"AUC {label}": value, f"low {label}": low, f"high {label}": high, f"{label} yes/no": f"{sum(labels)}/{len(labels) - sum(labels)}"}
-            rows.append({**row, "paper": PAPER["hallucination"].get(model_type, {}).get((method, statistic))})
+                row |= {
+                    f"AUC {label}": value,
+                    f"low {label}": low,
+                    f"high {label}": high,
+                    f"{label} yes/no": f"{sum(labels)}/{len(labels) - sum(labels)}",
+                }
+            rows.append(
+                {
+                    **row,
+                    "paper": PAPER["hallucination"].get(model_type, {}).get((method, statistic)),
+                }
+            )
     return rows
 
 

@@ -35,7 +35,11 @@ def encoder_path(folder, encoder):
 
 def versions_of(folder, encoder):
     """How many augmented versions of the features are there."""
-    return next(count for count in range(len(os.listdir(folder)) + 1) if not features_path(folder, encoder, count + 1).exists())
+    return next(
+        count
+        for count in range(len(os.listdir(folder)) + 1)
+        if not features_path(folder, encoder, count + 1).exists()
+    )
 
 
 def lay_out(path, stamp, splits, shape):
@@ -51,10 +55,14 @@ def lay_out(path, stamp, splits, shape):
     with _opened(path, "r") as file:
         for key, value in stamp.items():
             if key not in file.attrs or not np.array_equal(file.attrs[key], value):
-                raise UserError(f"{path} was made with {key} {file.attrs.get(key)}, not {value}; delete it to make it anew")
+                raise UserError(
+                    f"{path} was made with {key} {file.attrs.get(key)}, not {value}; delete it to make it anew"
+                )
         for split, (_, files) in splits.items():
             if split not in file or file[split].attrs["files_hash"] != files:
-                raise UserError(f"{path} was made for other images of split '{split}'; delete it to make it anew")
+                raise UserError(
+                    f"{path} was made for other images of split '{split}'; delete it to make it anew"
+                )
 
 
 def _room(file, name, shape, dtype):
@@ -69,7 +77,9 @@ def _opened(path, mode):
     try:
         return h5py.File(path, mode)
     except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error}); wait if another run writes it, else delete it") from None
+        raise UserError(
+            f"{path} cannot be opened ({error}); wait if another run writes it, else delete it"
+        ) from None
 
 
 def missing_rows(path, split):
@@ -99,13 +109,26 @@ class FeatureReader:
             raise UserError(f"there is no {path}; run {command}")
         try:
             with h5py.File(path, "r") as file:
-                if split not in file or f"{split}_crc32" not in file or not file[f"{split}_done"][:].all():
-                    raise UserError(f"{path} is incomplete for split '{split}'; run {command}, it goes on where it stopped")
+                if (
+                    split not in file
+                    or f"{split}_crc32" not in file
+                    or not file[f"{split}_done"][:].all()
+                ):
+                    raise UserError(
+                        f"{path} is incomplete for split '{split}'; run {command}, it goes on where it stopped"
+                    )
                 if file[split].attrs["files_hash"] != files:
-                    raise UserError(f"{path} was made for other images; delete it and run {command}")
-                self.attributes = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in file.attrs.items()}
+                    raise UserError(
+                        f"{path} was made for other images; delete it and run {command}"
+                    )
+                self.attributes = {
+                    name: value.tolist() if hasattr(value, "tolist") else value
+                    for name, value in file.attrs.items()
+                }
         except (OSError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it and run {command}") from None
+            raise UserError(
+                f"{path} cannot be read ({error}); delete it and run {command}"
+            ) from None
 
     def __getstate__(self):
         return {**self.__dict__, "_open": None}
@@ -118,7 +141,9 @@ class FeatureReader:
         rows, checksums = file[self.split][start:stop], file[f"{self.split}_crc32"][start:stop]
         for place, (row, checksum) in enumerate(zip(rows, checksums)):
             if zlib.crc32(row.tobytes()) != checksum:
-                raise UserError(f"{self.path} is damaged at image {start + place} of split '{self.split}'; delete it and make it anew")
+                raise UserError(
+                    f"{self.path} is damaged at image {start + place} of split '{self.split}'; delete it and make it anew"
+                )
         return torch.from_numpy(rows)
 
     def all_rows(self, device):
@@ -127,5 +152,7 @@ class FeatureReader:
             shape = file[self.split].shape
         result = torch.empty(shape, dtype=torch.float16, device=device)
         for start in range(0, shape[0], READ_AT_ONCE):
-            result[start : start + READ_AT_ONCE] = self.rows(start, min(start + READ_AT_ONCE, shape[0]))
+            result[start : start + READ_AT_ONCE] = self.rows(
+                start, min(start + READ_AT_ONCE, shape[0])
+            )
         return result

@@ -76,4 +76,9 @@ def enlarge(regions, grid, images):
     regions; None without images."""
     if images is None:
         return None
-    return F.interpolate(regions.unflatten(-1, grid), size=tuple(images.shape[-2:]), mode="bilinear", align_corners=False)
+    return F.interpolate(
+        regions.unflatten(-1, grid),
+        size=tuple(images.shape[-2:]),
+        mode="bilinear",
+        align_corners=False,
+    )

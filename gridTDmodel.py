@@ -33,17 +33,27 @@ class AdaptiveAttention(Captioner):
         mask = self.encoder.region_mask(features)
         mean = rules.epsilon(self.mean_region(features, mask))
         global_feature = torch.relu(rules.epsilon(self.global_projection(mean)))
-        return {"regions": regions, "mask": mask, "keys": 2 * self.attention_visual(regions)}, global_feature
+        return {
+            "regions": regions,
+            "mask": mask,
+            "keys": 2 * self.attention_visual(regions),
+        }, global_feature
 
     def _gate_weights(self, weight_ih, weight_hh, bias):
         """The LSTM's and the sentinel gate's weights as one: over its input (5H, input), over h (5H, H), biases (5H)."""
         weight_input = torch.cat([weight_ih, self.sentinel_input.weight])
         weight_hidden = torch.cat([weight_hh, self.sentinel_hidden.weight])
-        return weight_input, weight_hidden, torch.cat([bias, self.sentinel_input.bias + self.sentinel_hidden.bias])
+        return (
+            weight_input,
+            weight_hidden,
+            torch.cat([bias, self.sentinel_input.bias + self.sentinel_hidden.bias]),
+        )
 
     def _sentinel_lstm(self, gates, cell, rules):
         """gates (B, N, 5H) -> h, the cell, and the sentinel s = sigma(...) * tanh(cell) (eq. 1), (B, N, H) each."""
-        gates, sentinel_gate = gates.split([4 * self.config.hidden_dim, self.config.hidden_dim], dim=-1)
+        gates, sentinel_gate = gates.split(
+            [4 * self.config.hidden_dim, self.config.hidden_dim], dim=-1
+        )
         cell, squashed, output_gate = lstm_cell(gates, cell, rules)
         return output_gate * squashed, cell, rules.constant(torch.sigmoid(sentinel_gate)) * squashed
 
@@ -53,11 +63,15 @@ class AdaptiveAttention(Captioner):
         tanh(x) = 2 sigmoid(2x) - 1, and a CPU takes the sigmoid six times faster; the -1 is the same for all scores, which no
         softmax notices."""
         query = 2 * self.attention_hidden(hidden)
-        keys = (memory["keys"].unsqueeze(1) + query.unsqueeze(2)).sigmoid_()  # (B, N, L, H); in place, for it is the largest
+        keys = (
+            memory["keys"].unsqueeze(1) + query.unsqueeze(2)
+        ).sigmoid_()  # (B, N, L, H); in place, for it is the largest
         scores = 2 * self.attention_score(keys).squeeze(-1)
         if memory["mask"] is not None:
             scores = scores.masked_fill(~memory["mask"].unsqueeze(1), -torch.inf)
-        sentinel_score = 2 * self.attention_score(torch.sigmoid(2 * self.attention_sentinel(sentinel) + query))
+        sentinel_score = 2 * self.attention_score(
+            torch.sigmoid(2 * self.attention_sentinel(sentinel) + query)
+        )
         alpha = scores.softmax(dim=-1)
         beta = torch.cat([scores, sentinel_score], dim=-1).softmax(dim=-1)[..., -1:]
         alpha, beta = rules.constant(alpha), rules.constant(beta)
@@ -80,7 +94,9 @@ class AdaptiveCaptioner(AdaptiveAttention):
         """What every step needs of the image, computed once: features (B, L, D) -> dict of tensors."""
         memory, global_feature = self._see(features, rules)
         bias = self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
-        weight, recurrent, bias = self._gate_weights(self.lstm.weight_ih_l0, self.lstm.weight_hh_l0, bias)
+        weight, recurrent, bias = self._gate_weights(
+            self.lstm.weight_ih_l0, self.lstm.weight_hh_l0, bias
+        )
         word_weight, image_weight = weight.split(self.config.embed_dim, dim=1)
         image_gates = F.linear(global_feature, image_weight, bias).unsqueeze(1)
         weights = {"word": word_weight, "recurrent": recurrent}
@@ -93,7 +109,9 @@ class AdaptiveCaptioner(AdaptiveAttention):
     def step(self, word_input, state, memory, rules=TrueGradient):
         """One word further: word_input (B, N, 5H) -> c_hat, h (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
         hidden, cell = state
-        gates = word_input + memory["image_gates"] + F.linear(hidden, memory["weights"]["recurrent"])
+        gates = (
+            word_input + memory["image_gates"] + F.linear(hidden, memory["weights"]["recurrent"])
+        )
         hidden, cell, sentinel = self._sentinel_lstm(gates, cell, rules)
         context, alpha, beta = self._attend(hidden, sentinel, memory, rules)
         return context, hidden, (hidden, cell), alpha.unsqueeze(-2), beta.squeeze(-1)
@@ -105,15 +123,28 @@ class AdaptiveCaptioner(AdaptiveAttention):
             return super().unroll(embeddings, memory, rules, lengths)
         batch, captions, steps, _ = embeddings.shape
         image = memory["global"].reshape(batch, 1, 1, -1).expand(-1, captions, steps, -1)
-        hidden = run_lstm(self.lstm, torch.cat([embeddings, image], dim=-1).flatten(0, 1), lengths)  # (B*N, T, H)
+        hidden = run_lstm(
+            self.lstm, torch.cat([embeddings, image], dim=-1).flatten(0, 1), lengths
+        )  # (B*N, T, H)
         before = F.pad(hidden[:, :-1], (0, 0, 1, 0))
         hidden, before = (part.unflatten(0, (batch, captions)) for part in (hidden, before))
-        gates = self.word_inputs(embeddings, memory) + memory["image_gates"].unsqueeze(1) + F.linear(before, memory["weights"]["recurrent"])
-        output_gate, sentinel_gate = torch.sigmoid(gates[..., -2 * self.config.hidden_dim :]).chunk(2, dim=-1)
+        gates = (
+            self.word_inputs(embeddings, memory)
+            + memory["image_gates"].unsqueeze(1)
+            + F.linear(before, memory["weights"]["recurrent"])
+        )
+        output_gate, sentinel_gate = torch.sigmoid(gates[..., -2 * self.config.hidden_dim :]).chunk(
+            2, dim=-1
+        )
         sentinel = sentinel_gate * hidden / output_gate
         longest = [steps] * captions if lengths is None else lengths.amax(dim=0).tolist()
-        attended = [self._attend(hidden[:, n, :length], sentinel[:, n, :length], memory, rules) for n, length in enumerate(longest)]
-        context, alpha, beta = (torch.stack(widened(parts, steps), dim=1) for parts in zip(*attended))
+        attended = [
+            self._attend(hidden[:, n, :length], sentinel[:, n, :length], memory, rules)
+            for n, length in enumerate(longest)
+        ]
+        context, alpha, beta = (
+            torch.stack(widened(parts, steps), dim=1) for parts in zip(*attended)
+        )
         return context, hidden, alpha.unsqueeze(-2), beta.squeeze(-1)
 
 
@@ -134,15 +165,23 @@ class GridTDCaptioner(AdaptiveAttention):
         """
         memory, global_feature = self._see(features, rules)
         top, language = self.attention_lstm, self.language_lstm
-        weight, recurrent, bias = self._gate_weights(top.weight_ih, top.weight_hh, top.bias_ih + top.bias_hh)
-        language_weight, image_weight, word_weight = weight.split([self.config.hidden_dim] + [self.config.embed_dim] * 2, dim=1)
+        weight, recurrent, bias = self._gate_weights(
+            top.weight_ih, top.weight_hh, top.bias_ih + top.bias_hh
+        )
+        language_weight, image_weight, word_weight = weight.split(
+            [self.config.hidden_dim] + [self.config.embed_dim] * 2, dim=1
+        )
         return {
             **memory,
             "image_gates": F.linear(global_feature, image_weight, bias).unsqueeze(1),
             "weights": {
                 "word": word_weight,
-                "attention": StepWeight(torch.cat([language_weight, recurrent], dim=1), self.training),
-                "language": StepWeight(torch.cat([language.weight_ih, language.weight_hh], dim=1), self.training),
+                "attention": StepWeight(
+                    torch.cat([language_weight, recurrent], dim=1), self.training
+                ),
+                "language": StepWeight(
+                    torch.cat([language.weight_ih, language.weight_hh], dim=1), self.training
+                ),
                 "language_bias": language.bias_ih + language.bias_hh,
             },
         }
@@ -154,7 +193,9 @@ class GridTDCaptioner(AdaptiveAttention):
     def step(self, word_input, state, memory, rules=TrueGradient):
         """One word further: word_input (B, N, 5H) -> c_hat, h2 (B, N, H), the new state, alpha (B, N, 1, L), beta (B, N)."""
         (h1, m1, h2, m2), weights = state, memory["weights"]
-        gates = word_input + memory["image_gates"] + weights["attention"](torch.cat([h2, h1], dim=-1))
+        gates = (
+            word_input + memory["image_gates"] + weights["attention"](torch.cat([h2, h1], dim=-1))
+        )
         h1, m1, sentinel = self._sentinel_lstm(gates, m1, rules)
         context, alpha, beta = self._attend(h1, sentinel, memory, rules)
         gates = weights["language"](torch.cat([context, h1, h2], dim=-1)) + weights["language_bias"]

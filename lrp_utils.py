@@ -98,7 +98,9 @@ class LRP:
         """tanh(g), with R(g) = R(tanh g): the backward is tanh(g)/g, and 1 (its limit) at g = 0."""
         value = g.detach()
         output = value.tanh()
-        return _ScaledBackward.apply(g, output, torch.where(value == 0, 1, safe_ratio(output, value)))
+        return _ScaledBackward.apply(
+            g, output, torch.where(value == 0, 1, safe_ratio(output, value))
+        )
 
 
 class AttnLRP(LRP):
@@ -121,9 +123,17 @@ def inference_weights(context, hidden, rows, scores, epsilon=EPSILON):
     R(sum) = sum * row * score / st(score), R(part) = R(sum) * part / st(sum). Where nothing arrives omega is 1.
     """
     total = context + hidden
-    shared = total * rows * (scores / stabilize(scores, epsilon)).unsqueeze(-1) / stabilize(total, epsilon)
+    shared = (
+        total
+        * rows
+        * (scores / stabilize(scores, epsilon)).unsqueeze(-1)
+        / stabilize(total, epsilon)
+    )
     relevances = shared * context, shared * hidden
-    return tuple(1 + safe_ratio(relevance, relevance.abs().amax(-1, keepdim=True)) for relevance in relevances)
+    return tuple(
+        1 + safe_ratio(relevance, relevance.abs().amax(-1, keepdim=True))
+        for relevance in relevances
+    )
 
 
 class _AlphaOneBetaZero(torch.autograd.Function):
@@ -139,7 +149,9 @@ class _AlphaOneBetaZero(torch.autograd.Function):
         """x (B, C, H, W), weight (D, C/groups, h, w), bias (D) or None, stride, padding, dilation, groups -> y (B, D, H', W'), as
         F.conv2d; keeps y / z for the way back."""
         y = F.conv2d(x, weight, bias, *geometry)
-        ctx.signed = bool((x < 0).any())  # behind a ReLU no input is negative, and half of the work falls away
+        ctx.signed = bool(
+            (x < 0).any()
+        )  # behind a ReLU no input is negative, and half of the work falls away
         parts, weights = [x.clamp(min=0)], [weight.clamp(min=0)]
         if ctx.signed:
             parts, weights = [*parts, x.clamp(max=0)], [*weights, weight.clamp(max=0)]
@@ -155,7 +167,9 @@ class _AlphaOneBetaZero(torch.autograd.Function):
         result = _convolution_backward(shared, ctx.shape, positive, *ctx.geometry)
         if ctx.signed:
             negative, x = rest
-            result = torch.where(x < 0, _convolution_backward(shared, ctx.shape, negative, *ctx.geometry), result)
+            result = torch.where(
+                x < 0, _convolution_backward(shared, ctx.shape, negative, *ctx.geometry), result
+            )
         return result, *[None] * (2 + len(ctx.geometry))
 
 
@@ -163,7 +177,9 @@ def _convolution_backward(gradient, shape, weight, stride, padding, dilation, gr
     """The gradient of a convolution with respect to its input, which had the given shape."""
     unread = weight.new_empty(1).expand(shape)  # of the input only the shape matters
     geometry = (stride, padding, dilation, False, (0, 0), groups)
-    return torch.ops.aten.convolution_backward(gradient, unread, weight, None, *geometry, (True, False, False))[0]
+    return torch.ops.aten.convolution_backward(
+        gradient, unread, weight, None, *geometry, (True, False, False)
+    )[0]
 
 
 class AlphaOneBetaZero(TorchFunctionMode):
@@ -174,7 +190,13 @@ class AlphaOneBetaZero(TorchFunctionMode):
     value as LRP wants. The network itself is not touched. Batch-norm has to be folded into its convolution before.
     """
 
-    SUMS = {torch.Tensor.add_, torch.Tensor.add, torch.add, torch.Tensor.__iadd__, torch.Tensor.__add__}
+    SUMS = {
+        torch.Tensor.add_,
+        torch.Tensor.add,
+        torch.add,
+        torch.Tensor.__iadd__,
+        torch.Tensor.__add__,
+    }
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.conv2d:

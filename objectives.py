@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from pycocoevalcap.bleu.bleu import Bleu
 
-from captiondata import STOP_WORDS, padded, tokenize
 from captioner import METHODS, PIXELS_PER_PASS, evaluating
 from decoding import greedy, multinomial
 from lrp_utils import inference_weights
+from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.ciderd.ciderd import CiderD
+from vocabulary import STOP_WORDS, padded, tokenize
 
 
 def precise(x):
@@ -43,7 +43,9 @@ class TeacherForcing:
         mask = targets != pad
         self.lengths = mask.sum(-1).cpu()
         parts = inputs, mask.flatten().nonzero().flatten(), targets[mask]
-        self.inputs, self.rows, self.targets = (part.to(device, non_blocking=True) for part in parts)
+        self.inputs, self.rows, self.targets = (
+            part.to(device, non_blocking=True) for part in parts
+        )
 
     def pick(self, *parts):
         """Parts (B, N, T, H) -> (M, H) each."""
@@ -54,7 +56,12 @@ class CrossEntropy:
     """The cross-entropy of the five captions, with scheduled sampling and label smoothing if asked for."""
 
     def __init__(self, captioner, captions_per_image=5, ss_prob=0.0, label_smoothing=0.0):
-        self.captioner, self.captions_per_image, self.ss_prob, self.label_smoothing = captioner, captions_per_image, ss_prob, label_smoothing
+        self.captioner, self.captions_per_image, self.ss_prob, self.label_smoothing = (
+            captioner,
+            captions_per_image,
+            ss_prob,
+            label_smoothing,
+        )
         self.pad = captioner.vocabulary.pad
 
     def words(self, captions):
@@ -63,18 +70,27 @@ class CrossEntropy:
 
     def __call__(self, images, features, captions, indices):
         words = TeacherForcing(*self.words(captions), self.pad, self.captioner.device)
-        losses = self.losses(words, self.captioner(features, words.inputs, self.ss_prob, words.pick, words.lengths))
+        losses = self.losses(
+            words, self.captioner(features, words.inputs, self.ss_prob, words.pick, words.lengths)
+        )
         return losses.mean(), {"words": len(words.targets)}
 
     def losses(self, words, parts):
         """Cross-entropy (M,) in nats of the target words, from parts context and hidden (M, H)."""
-        return F.cross_entropy(precise(self.captioner.last_layer(*parts)), words.targets, reduction="none", label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            precise(self.captioner.last_layer(*parts)),
+            words.targets,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
 
 
 def quiet_words(vocabulary):
     """Which words are never re-weighted: bool (V,), the special tokens and NLTK's English stop words."""
     specials = {vocabulary.pad, vocabulary.unk, vocabulary.start, vocabulary.end}
-    return torch.tensor([index in specials or word in STOP_WORDS for index, word in enumerate(vocabulary.words)])
+    return torch.tensor(
+        [index in specials or word in STOP_WORDS for index, word in enumerate(vocabulary.words)]
+    )
 
 
 class LRPInference(CrossEntropy):
@@ -92,7 +108,9 @@ class LRPInference(CrossEntropy):
     def weighted(self, context, hidden, scores, words):
         """context and hidden (M, H), predicted words and their logits (M,) -> what goes into the last layer for p_hat, (M, H)."""
         with torch.no_grad():
-            omegas = inference_weights(precise(context), precise(hidden), self.captioner.fc.weight[words], scores)
+            omegas = inference_weights(
+                precise(context), precise(hidden), self.captioner.fc.weight[words], scores
+            )
             omegas = [torch.where(self.quiet[words].unsqueeze(-1), 1, omega) for omega in omegas]
         return omegas[0] * context + omegas[1] * hidden
 
@@ -115,8 +133,15 @@ class LRPInference(CrossEntropy):
         plain = F.cross_entropy(logits, words.targets, reduction="none")
         scores, predicted = logits.detach().max(dim=-1)
         rows = (~self.quiet[predicted]).nonzero().flatten()
-        inferred = self.captioner.fc(self.weighted(context[rows], hidden[rows], scores[rows], predicted[rows]))
-        return self._combined(plain, plain.index_copy(0, rows, F.cross_entropy(precise(inferred), words.targets[rows], reduction="none")))
+        inferred = self.captioner.fc(
+            self.weighted(context[rows], hidden[rows], scores[rows], predicted[rows])
+        )
+        return self._combined(
+            plain,
+            plain.index_copy(
+                0, rows, F.cross_entropy(precise(inferred), words.targets[rows], reduction="none")
+            ),
+        )
 
     def _combined(self, plain, inferred):
         return self.share * plain + (1 - self.share) * inferred
@@ -130,27 +155,53 @@ class ImageLRPInference(LRPInference):
         words = TeacherForcing(*self.words(captions), self.pad, self.captioner.device)
         logits = precise(self.captioner(features, words.inputs, lengths=words.lengths))
         scores, predicted = logits.max(dim=-1)
-        wanted = torch.zeros_like(predicted, dtype=torch.bool).flatten().index_fill(0, words.rows, True).view_as(predicted)
-        factors = self.image_weights(images.to(features.device), words.inputs, predicted, wanted & ~self.quiet[predicted])
+        wanted = (
+            torch.zeros_like(predicted, dtype=torch.bool)
+            .flatten()
+            .index_fill(0, words.rows, True)
+            .view_as(predicted)
+        )
+        factors = self.image_weights(
+            images.to(features.device), words.inputs, predicted, wanted & ~self.quiet[predicted]
+        )
         inferred = logits.scatter(-1, predicted.unsqueeze(-1), (scores * factors).unsqueeze(-1))
-        losses = (F.cross_entropy(*words.pick(part), words.targets, reduction="none") for part in (logits, inferred))
+        losses = (
+            F.cross_entropy(*words.pick(part), words.targets, reduction="none")
+            for part in (logits, inferred)
+        )
         return self._combined(*losses).mean(), {"words": len(words.targets)}
 
     def image_weights(self, images, inputs, words, wanted):
         """m (B, N, T) of the words predicted after inputs (B, N, T), 1 where it is not wanted (bool)."""
         factors = torch.ones(words.shape, dtype=images.dtype, device=images.device)
         encoder = self.captioner.encoder.folded()
-        with evaluating(self.captioner), torch.autocast(images.device.type, enabled=False):  # relevance is always float32
+        with (
+            evaluating(self.captioner),
+            torch.autocast(images.device.type, enabled=False),
+        ):  # relevance is always float32
             for caption in range(words.shape[1]):
                 most = max(1, int(wanted[:, caption].sum(-1).max()))
-                places = wanted[:, caption].int().argsort(dim=-1, descending=True, stable=True)[:, :most]  # (B, K), those wanted first
+                places = (
+                    wanted[:, caption].int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+                )  # (B, K), those wanted first
                 step = max(1, PIXELS_PER_PASS // (most * images[0, 0].numel()))
                 for first in range(0, len(images), step):
                     part = slice(first, first + step)
-                    found, _ = self.captioner.propagate(images[part], inputs[part, caption], words[part, caption], places[part], METHODS["lrp"], encoder)
+                    found, _ = self.captioner.propagate(
+                        images[part],
+                        inputs[part, caption],
+                        words[part, caption],
+                        places[part],
+                        METHODS["lrp"],
+                        encoder,
+                    )
                     maps = found["image_relevance"].flatten(2)  # (B, K, pixels)
-                    mean = maps.mean(-1) / maps.abs().amax(-1).clamp(min=torch.finfo(maps.dtype).tiny)
-                    factors[part, caption] = factors[part, caption].scatter(1, places[part], 1 + mean)
+                    mean = maps.mean(-1) / maps.abs().amax(-1).clamp(
+                        min=torch.finfo(maps.dtype).tiny
+                    )
+                    factors[part, caption] = factors[part, caption].scatter(
+                        1, places[part], 1 + mean
+                    )
         return torch.where(wanted, factors, 1.0)
 
 
@@ -165,23 +216,48 @@ class SCST:
     Captions are drawn in eval mode, step by step; their log-probabilities come from one teacher-forced pass.
     """
 
-    def __init__(self, captioner, references, samples=5, baseline="greedy", bleu_weight=0.0, inference=None):
-        self.captioner, self.samples, self.baseline, self.bleu_weight = captioner, samples, baseline, bleu_weight
+    def __init__(
+        self, captioner, references, samples=5, baseline="greedy", bleu_weight=0.0, inference=None
+    ):
+        self.captioner, self.samples, self.baseline, self.bleu_weight = (
+            captioner,
+            samples,
+            baseline,
+            bleu_weight,
+        )
         self.last_layer = inference.last_layer if inference else None
         vocabulary = captioner.vocabulary
-        self.references = [[[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in image] for image in references]
+        self.references = [
+            [[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in image]
+            for image in references
+        ]
         self.scorer = CiderD(self.references, device=captioner.device)
 
     def __call__(self, images, features, captions, indices):
         sampled, rewards, baseline = self.draw(features.detach(), indices.tolist())
         vocabulary = self.captioner.vocabulary
-        targets = padded([words for image in sampled for words in image]).unflatten(0, (-1, self.samples))
-        words = TeacherForcing(F.pad(targets[..., :-1], (1, 0), value=vocabulary.start), targets, vocabulary.pad, features.device)
+        targets = padded([words for image in sampled for words in image]).unflatten(
+            0, (-1, self.samples)
+        )
+        words = TeacherForcing(
+            F.pad(targets[..., :-1], (1, 0), value=vocabulary.start),
+            targets,
+            vocabulary.pad,
+            features.device,
+        )
         parts = self.captioner(features, words.inputs, last_layer=words.pick, lengths=words.lengths)
-        logits = precise((self.last_layer or self.captioner.last_layer)(*parts)) + self.captioner.silence
-        advantages, = words.pick((rewards - baseline).unsqueeze(-1).expand(targets.shape).unsqueeze(-1))
+        logits = (
+            precise((self.last_layer or self.captioner.last_layer)(*parts)) + self.captioner.silence
+        )
+        (advantages,) = words.pick(
+            (rewards - baseline).unsqueeze(-1).expand(targets.shape).unsqueeze(-1)
+        )
         losses = F.cross_entropy(logits, words.targets, reduction="none") * advantages.squeeze(-1)
-        return losses.mean(), {"words": len(words.targets), "reward": rewards.mean(), "baseline": baseline.mean()}
+        return losses.mean(), {
+            "words": len(words.targets),
+            "reward": rewards.mean(),
+            "baseline": baseline.mean(),
+        }
 
     @torch.no_grad()
     def draw(self, features, indices):
@@ -190,10 +266,19 @@ class SCST:
         speaker = captioner
         if self.last_layer:
             next_words = partial(captioner.next_words, last_layer=self.last_layer)
-            speaker = SimpleNamespace(vocabulary=captioner.vocabulary, look=captioner.look, start=captioner.start, next_words=next_words)
+            speaker = SimpleNamespace(
+                vocabulary=captioner.vocabulary,
+                look=captioner.look,
+                start=captioner.start,
+                next_words=next_words,
+            )
         with evaluating(captioner):
             sampled = self._ended(multinomial(speaker, features, longest, self.samples))
-            likeliest = self._ended(greedy(captioner, features, longest)) if self.baseline == "greedy" else None
+            likeliest = (
+                self._ended(greedy(captioner, features, longest))
+                if self.baseline == "greedy"
+                else None
+            )
         rewards = self.rewards(sampled, indices).to(features.device)
         if likeliest is not None:
             return sampled, rewards, self.rewards(likeliest, indices).to(features.device)
@@ -208,12 +293,19 @@ class SCST:
         """Captions (word ids) of the images of these indices -> float (B, number of captions of an image)."""
         references = [self.references[index] for index in indices]
         rewards = self.scorer.score_ids(captions, references).float()
-        return rewards + self.bleu_weight * self._bleu(captions, references).to(rewards) if self.bleu_weight else rewards
+        return (
+            rewards + self.bleu_weight * self._bleu(captions, references).to(rewards)
+            if self.bleu_weight
+            else rewards
+        )
 
     def score_words(self, predictions, references):
         """Mean CIDEr-D of captions as the reward counts it: {key: words}, {key: raw sentences}."""
         vocabulary = self.captioner.vocabulary
-        known = [[[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in references[key]] for key in predictions]
+        known = [
+            [[*vocabulary.encode(tokenize(raw)), vocabulary.end] for raw in references[key]]
+            for key in predictions
+        ]
         captions = self._ended([[vocabulary.encode(words)] for words in predictions.values()])
         return self.scorer.score_ids(captions, known).mean().item()
 
@@ -222,7 +314,15 @@ class SCST:
         """Sentence BLEU-4 (pycocoevalcap's) of each caption."""
         text = [[" ".join(map(str, words)) for words in image] for image in captions]
         known = [[" ".join(map(str, words)) for words in image] for image in references]
-        gts = {(row, column): known[row] for row, image in enumerate(text) for column in range(len(image))}
-        res = {(row, column): [sentence] for row, image in enumerate(text) for column, sentence in enumerate(image)}
+        gts = {
+            (row, column): known[row]
+            for row, image in enumerate(text)
+            for column in range(len(image))
+        }
+        res = {
+            (row, column): [sentence]
+            for row, image in enumerate(text)
+            for column, sentence in enumerate(image)
+        }
         _, each = Bleu(4).compute_score(gts, res, verbose=0)
         return torch.tensor(each[3]).view(len(captions), -1)

@@ -36,14 +36,30 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from captiondata import CaptionDataset, image_transform
-from captioner import DROPOUTS, MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
+from captiondata import CaptionDataset
+from captioner import (
+    DROPOUTS,
+    MODELS,
+    CaptionerConfig,
+    build_captioner,
+    load_captioner,
+    read_checkpoint,
+)
 from captionmetrics import caption_metrics
-from commandline import CommandLine, UserError, add_common_flags, provenance, run, set_seed, write_atomically
+from commandline import (
+    CommandLine,
+    UserError,
+    add_common_flags,
+    provenance,
+    run,
+    set_seed,
+    write_atomically,
+)
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder, has_learnt
 from evaluation import dataset_folder, decode_split
 from featurecache import encoder_path, features_path, versions_of
+from images import image_transform
 from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference
 
 # Three sets of defaults. "paper" is what the authors' code uses (§4 and the final version); "scenes" is smaller and quicker, for an
@@ -81,7 +97,18 @@ TUNING = {
     "lrp_cider_tune": {"decoder_lr": 5e-5, "encoder_lr": 5e-5, "max_iterations": 1000},
 }
 ONLY_WITH = {  # flags, and the modes that take them
-    **dict.fromkeys(("encoder", "encoder_weights", "num_head", "embed_dim", "hidden_dim", "pretrain_epochs", "max_length"), ("cross_entropy",)),
+    **dict.fromkeys(
+        (
+            "encoder",
+            "encoder_weights",
+            "num_head",
+            "embed_dim",
+            "hidden_dim",
+            "pretrain_epochs",
+            "max_length",
+        ),
+        ("cross_entropy",),
+    ),
     **dict.fromkeys(("ss_prob", "label_smoothing"), ("cross_entropy",)),
     "captions_per_image": ("cross_entropy", "lrp_tune"),
     "start_share": MODES,
@@ -93,7 +120,11 @@ TUNING_COMMON = {name: 0.0 for name in DROPOUTS} | {
     "max_length": None,
 }  # fmt: skip
 FLICKR_ITERATIONS = 320
-PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_FLOOR = 0.8, 2, 2e-5  # lr x 0.8 after 2 epochs without a gain in CIDEr
+PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_FLOOR = (
+    0.8,
+    2,
+    2e-5,
+)  # lr x 0.8 after 2 epochs without a gain in CIDEr
 SAME_FLAGS = (  # without which a resumed training would not end as the uninterrupted one
     "seed", "schedule", "batch_size", "captions_per_image", "decoder_lr", "encoder_lr", "adam_beta1", "grad_clip", "grad_norm", "ema_decay",
     "label_smoothing", "ss_prob", "finetune_encoder", "augment", "bfloat16", "start_share", "lrp_lambda", "lrp_form", "samples", "scst_baseline",
@@ -113,7 +144,14 @@ def object_targets(dataset):
     columns = {category: column for column, category in enumerate(dataset.info["categories"])}
     targets = torch.zeros(len(dataset), len(columns))
     for row, entry in enumerate(dataset.entries):
-        targets[row, [columns[thing["category"]] for thing in entry["objects"] if thing["category"] in columns]] = 1
+        targets[
+            row,
+            [
+                columns[thing["category"]]
+                for thing in entry["objects"]
+                if thing["category"] in columns
+            ],
+        ] = 1
     return targets
 
 
@@ -125,16 +163,22 @@ def pretrain_encoder(encoder, dataset, args, device):
     """
     targets = object_targets(dataset)
     if not targets.any():
-        raise UserError("--pretrain_epochs needs annotated objects, and this dataset has none; use --pretrain_epochs 0")
+        raise UserError(
+            "--pretrain_epochs needs annotated objects, and this dataset has none; use --pretrain_epochs 0"
+        )
     classifier = nn.Linear(encoder.out_channels, targets.shape[1]).to(device)
     encoder.to(device).train()
     parameters = [*encoder.parameters(), *classifier.parameters()]
     loader = DataLoader(dataset, args.batch_size, shuffle=True, num_workers=args.workers)
-    optimizer = torch.optim.Adam(parameters, args.encoder_lr, (args.adam_beta1, ADAM_BETA2), fused=True)
+    optimizer = torch.optim.Adam(
+        parameters, args.encoder_lr, (args.adam_beta1, ADAM_BETA2), fused=True
+    )
     scheduler = one_cycle(optimizer, args.pretrain_epochs * len(loader))
     for epoch in range(1, args.pretrain_epochs + 1):
         dataset.epoch = -epoch  # augments otherwise than any epoch of captions
-        bar = tqdm(loader, desc=f"objects, epoch {epoch}", leave=False, disable=not distributed.is_main())
+        bar = tqdm(
+            loader, desc=f"objects, epoch {epoch}", leave=False, disable=not distributed.is_main()
+        )
         for count, (images, _, indices) in enumerate(bar):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bfloat16):
                 logits = classifier(encoder(images.to(device)).mean(dim=1))
@@ -152,7 +196,9 @@ def one_cycle(optimizer, steps):
     """Warm up over a tenth of the steps to the optimizer's learning rates, then down to nothing along a cosine."""
     rates = [group["lr"] for group in optimizer.param_groups]
     warm_up = 0.1 + 1e-9  # of exactly one step PyTorch divides by zero
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=warm_up, cycle_momentum=False)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=steps, pct_start=warm_up, cycle_momentum=False
+    )
 
 
 def build_optimizer(captioner, args, steps):
@@ -179,7 +225,9 @@ def build_objective(captioner, dataset, args):
         return form(captioner, args.captions_per_image, args.lrp_lambda)
     inference = LRPInference(captioner) if args.mode == "lrp_cider_tune" else None
     references = [entry["captions"] for entry in dataset.entries]
-    return SCST(captioner, references, args.samples, args.scst_baseline, args.bleu_weight, inference)
+    return SCST(
+        captioner, references, args.samples, args.scst_baseline, args.bleu_weight, inference
+    )
 
 
 def load_datasets(args, folder, image_size, trained=None):
@@ -187,16 +235,22 @@ def load_datasets(args, folder, image_size, trained=None):
     one, and no pixels are needed; else of images."""
     needs_pixels = args.finetune_encoder or args.mode == "lrp_tune" and args.lrp_form == "image"
     if needs_pixels and image_size is None:
-        raise UserError(f"--{'finetune_encoder' if args.finetune_encoder else 'lrp_form image'} needs pixels, and {args.encoder} features come without them")
+        raise UserError(
+            f"--{'finetune_encoder' if args.finetune_encoder else 'lrp_form image'} needs pixels, and {args.encoder} features come without them"
+        )
     if features_path(folder, args.encoder).exists() and not needs_pixels:
         versions = versions_of(folder, args.encoder) if args.augment else 0
         train_set = CaptionDataset(folder, "train", features=args.encoder, versions=versions)
         if trained is None or is_of_encoder(train_set, trained.encoder):
             return train_set, CaptionDataset(folder, "val", features=args.encoder)
         if distributed.is_main():
-            print(f"the cached {args.encoder} features come from other weights than this captioner's, so the images are read")
+            print(
+                f"the cached {args.encoder} features come from other weights than this captioner's, so the images are read"
+            )
     if image_size is None:
-        raise UserError(f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER")
+        raise UserError(
+            f"{args.encoder} features have to be cached first: preparedataset.py --features {args.encoder} --regions FOLDER"
+        )
     train_set = CaptionDataset(folder, "train", image_transform(image_size, args.augment))
     train_set.augmentation_seed = args.seed
     return train_set, CaptionDataset(folder, "val", image_transform(image_size))
@@ -206,12 +260,18 @@ def cache_in_memory(datasets, device):
     """Read cached features into the device's memory or, if they do not fit there, into the machine's; UserError if not there either."""
     need = sum(dataset.features_bytes() for dataset in datasets)
     for place in dict.fromkeys((device, torch.device("cpu"))):
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.processes_here()
-        if need < MEMORY_SHARE * (torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else machine):
+        machine = (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.processes_here()
+        )
+        if need < MEMORY_SHARE * (
+            torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else machine
+        ):
             for dataset in datasets:
                 dataset.load(place)
             return
-    raise UserError(f"the features take {need / 1e9:.1f} GB, more than there is memory; do without --cache_in_memory")
+    raise UserError(
+        f"the features take {need / 1e9:.1f} GB, more than there is memory; do without --cache_in_memory"
+    )
 
 
 def is_of_encoder(dataset, encoder):
@@ -222,7 +282,9 @@ def is_of_encoder(dataset, encoder):
 def check_cache(dataset, encoder):
     """UserError if the dataset is of cached features, but not of this encoder's weights."""
     if dataset.features and not is_of_encoder(dataset, encoder):
-        raise UserError(f"the cached {encoder.name} features come from other weights; give the same --encoder_weights")
+        raise UserError(
+            f"the cached {encoder.name} features come from other weights; give the same --encoder_weights"
+        )
 
 
 def validate(captioner, dataset, objective, args):
@@ -240,12 +302,22 @@ class TrainingStep(nn.Module):
 
     def __init__(self, captioner, objective, cached, bfloat16):
         super().__init__()
-        self.captioner, self.objective, self.cached, self.bfloat16 = captioner, objective, cached, bfloat16
+        self.captioner, self.objective, self.cached, self.bfloat16 = (
+            captioner,
+            objective,
+            cached,
+            bfloat16,
+        )
 
     def forward(self, inputs, captions, indices):
         """Images (B, 3, H, W) or cached features (B, L, D), captions (B, 5, length + 2), indices (B,) -> what the objective returns."""
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.objective(inputs, inputs.float() if self.cached else self.captioner.encoder(inputs), captions, indices)
+            return self.objective(
+                inputs,
+                inputs.float() if self.cached else self.captioner.encoder(inputs),
+                captions,
+                indices,
+            )
 
 
 class WeightAverage:
@@ -273,7 +345,11 @@ class WeightAverage:
         for module, source in zip(captioner.modules(), self.source.modules()):
             pairs = zip(module.parameters(recurse=False), source.parameters(recurse=False))
             trained = [own for own, theirs in pairs if theirs.requires_grad]
-            parts += trained + [buffer for buffer in module.buffers(recurse=False) if trained and buffer.is_floating_point()]
+            parts += trained + [
+                buffer
+                for buffer in module.buffers(recurse=False)
+                if trained and buffer.is_floating_point()
+            ]
         return parts
 
     @torch.no_grad()
@@ -305,7 +381,14 @@ class Progress:
     """
 
     def __init__(self):
-        self.epoch, self.step, self.iterations, self.best, self.sums, self.history = 1, 0, 0, -1.0, {}, []
+        self.epoch, self.step, self.iterations, self.best, self.sums, self.history = (
+            1,
+            0,
+            0,
+            -1.0,
+            {},
+            [],
+        )
         self._recent = []  # figures of steps that were not looked at yet, on the device
 
     def add(self, figures):
@@ -316,18 +399,30 @@ class Progress:
     def look(self):
         """Add up the recent steps' figures, means over processes; UserError if a loss of them is not finite."""
         for name in self._recent[0] if self._recent else ():
-            values = distributed.averaged(torch.stack([figures[name] for figures in self._recent])).tolist()
+            values = distributed.averaged(
+                torch.stack([figures[name] for figures in self._recent])
+            ).tolist()
             if name == "loss" and not all(map(math.isfinite, values)):
                 bad = next(place for place, value in enumerate(values) if not math.isfinite(value))
                 step = self.step - len(values) + bad
-                raise UserError(f"the loss is {values[bad]} in epoch {self.epoch}, step {step}; the last checkpoint is whole; try a lower --decoder_lr")
+                raise UserError(
+                    f"the loss is {values[bad]} in epoch {self.epoch}, step {step}; the last checkpoint is whole; try a lower --decoder_lr"
+                )
             self.sums[name] = sum(values, self.sums.get(name, 0.0))
         self._recent = []
 
     def finish_epoch(self, metrics, seconds):
         """The row of the epoch: means of its steps' figures, and the validation metrics."""
         means = {name: value / self.step for name, value in self.sums.items()}
-        self.history.append({"epoch": self.epoch, "iterations": self.iterations, **means, **metrics, "seconds": seconds})
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "iterations": self.iterations,
+                **means,
+                **metrics,
+                "seconds": seconds,
+            }
+        )
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         return self.history[-1]
 
@@ -341,35 +436,67 @@ def fit(captioner, train_set, val_set, args):
     and figures as we go. UserError if the loss stops being finite."""
     output, objective = Path(args.output), build_objective(captioner, train_set, args)
     steps = args.epochs * max(1, len(train_set) // args.batch_size)
-    optimizer, scheduler = build_optimizer(captioner, args, min(steps, args.max_iterations or steps))
-    step = distributed.parallel(TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16))
-    average = WeightAverage(captioner, args.ema_decay, args.start_share)  # of weights that are the same in all processes by now
+    optimizer, scheduler = build_optimizer(
+        captioner, args, min(steps, args.max_iterations or steps)
+    )
+    step = distributed.parallel(
+        TrainingStep(captioner, objective, bool(train_set.features), args.bfloat16)
+    )
+    average = WeightAverage(
+        captioner, args.ema_decay, args.start_share
+    )  # of weights that are the same in all processes by now
     progress, last = Progress(), output.with_suffix(".last.pt")
     if args.goes_on:
-        progress = restore(read_checkpoint(args.resume), captioner, average, optimizer, scheduler, args)
+        progress = restore(
+            read_checkpoint(args.resume), captioner, average, optimizer, scheduler, args
+        )
     elif args.mode != "cross_entropy":
-        progress.history.append({"epoch": 0, "iterations": 0, **validate(captioner, val_set, objective, args)})
+        progress.history.append(
+            {"epoch": 0, "iterations": 0, **validate(captioner, val_set, objective, args)}
+        )
         show(progress.history[-1])
     for path in output.parent.glob(".*") if distributed.is_main() else ():
-        if re.fullmatch(rf"\.{re.escape(output.stem)}(\.last|\.training)?\.\d+\.(pt|jsonl|png)", path.name):
+        if re.fullmatch(
+            rf"\.{re.escape(output.stem)}(\.last|\.training)?\.\d+\.(pt|jsonl|png)", path.name
+        ):
             path.unlink()  # of a training killed while it wrote
     if not args.goes_on and distributed.is_main():
-        last.unlink(missing_ok=True)  # of an earlier training, with which this one, started anew by torchrun, would go on
+        last.unlink(
+            missing_ok=True
+        )  # of an earlier training, with which this one, started anew by torchrun, would go on
 
     def save(captioner, path, **extra):
         metrics = progress.history[-1] if progress.history else {}
-        about = {"dataset": val_set.info["name"], "val": metrics, "mode": args.mode, "provenance": provenance(args.seed)}
+        about = {
+            "dataset": val_set.info["name"],
+            "val": metrics,
+            "mode": args.mode,
+            "provenance": provenance(args.seed),
+        }
         if distributed.is_main():
             captioner.save(path, about=about, **extra)
 
     def save_last():
         progress.look()
-        states = {name: part.state_dict() for name, part in (("average", average), ("optimizer", optimizer), ("scheduler", scheduler))}
+        states = {
+            name: part.state_dict()
+            for name, part in (
+                ("average", average),
+                ("optimizer", optimizer),
+                ("scheduler", scheduler),
+            )
+        }
         flags = {name: getattr(args, name) for name in SAME_FLAGS}
-        save(captioner, last, training={**progress.state(), "mode": args.mode, "flags": flags, **states})
+        save(
+            captioner,
+            last,
+            training={**progress.state(), "mode": args.mode, "flags": flags, **states},
+        )
 
     most = args.max_iterations or math.inf
-    while progress.epoch <= args.epochs and (progress.step or progress.iterations < most):  # an epoch under way wants its end
+    while progress.epoch <= args.epochs and (
+        progress.step or progress.iterations < most
+    ):  # an epoch under way wants its end
         started = time.perf_counter()
         train_epoch(step, train_set, average, optimizer, scheduler, progress, args, save_last)
         kept = average.captioner()
@@ -389,7 +516,9 @@ def fit(captioner, train_set, val_set, args):
 
 def epoch_batches(images, batch_size, seed, epoch):
     """The batches of an epoch: lists of indices in an order that depends on nothing but seed and epoch."""
-    order = torch.randperm(images, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)).tolist()
+    order = torch.randperm(
+        images, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    ).tolist()
     batches = [order[first : first + batch_size] for first in range(0, images, batch_size)]
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
 
@@ -403,12 +532,23 @@ def train_epoch(step, dataset, average, optimizer, scheduler, progress, args, sa
     captioner.train()
     captioner.encoder.train(args.finetune_encoder)
     dataset.epoch = progress.epoch
-    batches = epoch_batches(len(dataset), args.batch_size, args.seed, progress.epoch)[progress.step :]
+    batches = epoch_batches(len(dataset), args.batch_size, args.seed, progress.epoch)[
+        progress.step :
+    ]
     if args.max_iterations:
         batches = batches[: args.max_iterations - progress.iterations]
-    pinned = captioner.device.type == "cuda" and args.workers > 0  # without workers the features may be on the GPU already
-    loader = DataLoader(dataset, batch_sampler=list(map(distributed.shared, batches)), num_workers=args.workers, pin_memory=pinned)
-    bar = tqdm(loader, desc=f"epoch {progress.epoch}", leave=False, disable=not distributed.is_main())
+    pinned = (
+        captioner.device.type == "cuda" and args.workers > 0
+    )  # without workers the features may be on the GPU already
+    loader = DataLoader(
+        dataset,
+        batch_sampler=list(map(distributed.shared, batches)),
+        num_workers=args.workers,
+        pin_memory=pinned,
+    )
+    bar = tqdm(
+        loader, desc=f"epoch {progress.epoch}", leave=False, disable=not distributed.is_main()
+    )
     for inputs, captions, indices in bar:
         set_seed(distributed.seed_of(args.seed, progress.iterations))
         loss, figures = step(inputs.to(captioner.device, non_blocking=True), captions, indices)
@@ -420,7 +560,13 @@ def train_epoch(step, dataset, average, optimizer, scheduler, progress, args, sa
         average.update(progress.iterations)
         if args.schedule == "cosine":
             scheduler.step()
-        progress.add({"loss": loss.detach(), **figures, "words": torch.tensor(float(figures["words"] * distributed.world_size()))})
+        progress.add(
+            {
+                "loss": loss.detach(),
+                **figures,
+                "words": torch.tensor(float(figures["words"] * distributed.world_size())),
+            }
+        )
         if progress.iterations % CHECK_EVERY == 0:
             progress.look()
             bar.set_postfix(loss=f"{progress.sums['loss'] / progress.step:.3f}")
@@ -441,7 +587,12 @@ def clip(optimizer, args):
 def show(row):
     """Print the figures of an epoch."""
     if distributed.is_main():
-        print("  ".join(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in row.items()))
+        print(
+            "  ".join(
+                f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+                for name, value in row.items()
+            )
+        )
 
 
 def write_history(output, history):
@@ -450,7 +601,10 @@ def write_history(output, history):
         temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
     figure = Figure(figsize=(8, 3), layout="constrained")
     loss, metrics = figure.subplots(1, 2)
-    for axes, names in ((loss, ("loss", "reward", "baseline")), (metrics, ("CIDEr", "CIDEr-D", "BLEU-4"))):
+    for axes, names in (
+        (loss, ("loss", "reward", "baseline")),
+        (metrics, ("CIDEr", "CIDEr-D", "BLEU-4")),
+    ):
         for name in names:
             points = [(row["iterations"], row[name]) for row in history if name in row]
             if points:
@@ -468,9 +622,13 @@ def is_of_this_training(args):
         return False
     training = read_checkpoint(args.resume).get("training")
     if args.mode == "cross_entropy" and training is None:
-        raise UserError("--resume wants the .last.pt file of an interrupted training; a finished captioner is fine-tuned with --cider_tune or --lrp_tune")
+        raise UserError(
+            "--resume wants the .last.pt file of an interrupted training; a finished captioner is fine-tuned with --cider_tune or --lrp_tune"
+        )
     if args.mode == "cross_entropy" and training["mode"] != args.mode:
-        raise UserError(f"{args.resume} is of a fine-tuning; to go on with it give --{training['mode']} too")
+        raise UserError(
+            f"{args.resume} is of a fine-tuning; to go on with it give --{training['mode']} too"
+        )
     return training is not None and training["mode"] == args.mode
 
 
@@ -480,18 +638,30 @@ def restore(checkpoint, captioner, average, optimizer, scheduler, args):
     training, steps = checkpoint["training"], getattr(scheduler, "total_steps", None)
     for name, value in training.get("flags", {}).items():
         if value != getattr(args, name, None):
-            raise UserError(f"--resume: that training had --{name} {value}, not {getattr(args, name)}; give the flags it was trained with")
-    if "flags" not in training or checkpoint["vocabulary"] != captioner.vocabulary.words or checkpoint["config"] != asdict(captioner.config):
-        raise UserError("--resume: the checkpoint is of another captioner, vocabulary or version; give the flags and the dataset it was trained with")
+            raise UserError(
+                f"--resume: that training had --{name} {value}, not {getattr(args, name)}; give the flags it was trained with"
+            )
+    if (
+        "flags" not in training
+        or checkpoint["vocabulary"] != captioner.vocabulary.words
+        or checkpoint["config"] != asdict(captioner.config)
+    ):
+        raise UserError(
+            "--resume: the checkpoint is of another captioner, vocabulary or version; give the flags and the dataset it was trained with"
+        )
     try:
         captioner.load_state_dict(checkpoint["state_dict"])
         average.load_state_dict(training["average"])
         optimizer.load_state_dict(training["optimizer"])
         scheduler.load_state_dict(training["scheduler"])
     except (RuntimeError, ValueError, KeyError):
-        raise UserError("--resume: the checkpoint is of another captioner; give the flags it was trained with") from None
+        raise UserError(
+            "--resume: the checkpoint is of another captioner; give the flags it was trained with"
+        ) from None
     if getattr(scheduler, "total_steps", None) != steps:
-        raise UserError(f"--resume: that training's cosine takes {scheduler.total_steps} steps, these flags {steps}; give the flags it was trained with")
+        raise UserError(
+            f"--resume: that training's cosine takes {scheduler.total_steps} steps, these flags {steps}; give the flags it was trained with"
+        )
     progress = Progress()
     vars(progress).update({name: training[name] for name in progress.state()})
     return progress
@@ -500,62 +670,196 @@ def restore(checkpoint, captioner, average, optimizer, scheduler, args):
 def add_model_flags(parser):
     """What the captioner is built of."""
     flag = parser.add_argument
-    flag("--model_type", default="gridtd", choices=MODELS, help="the captioner (default: %(default)s)")
+    flag(
+        "--model_type",
+        default="gridtd",
+        choices=MODELS,
+        help="the captioner (default: %(default)s)",
+    )
     flag("--encoder", choices=ENCODERS, help="the image encoder (default: %(default)s)")
-    flag("--encoder_weights", help="state dict file, or 'random' (default: those of the cached features, else ImageNet's where there are some)")
-    flag("--num_head", type=int, default=8, help="attention heads of the multi-head captioner (default: %(default)s)")
+    flag(
+        "--encoder_weights",
+        help="state dict file, or 'random' (default: those of the cached features, else ImageNet's where there are some)",
+    )
+    flag(
+        "--num_head",
+        type=int,
+        default=8,
+        help="attention heads of the multi-head captioner (default: %(default)s)",
+    )
     flag("--embed_dim", type=int, help="word embedding dimensions (default: %(default)s)")
     flag("--hidden_dim", type=int, help="LSTM and attention dimensions (default: %(default)s)")
-    flag("--dropout", type=float, help="dropout probability before the last layer (default: %(default)s)")
+    flag(
+        "--dropout",
+        type=float,
+        help="dropout probability before the last layer (default: %(default)s)",
+    )
     flag("--embed_dropout", type=float, help="of the word embeddings (default: %(default)s)")
     flag("--region_dropout", type=float, help="of the regions' features (default: %(default)s)")
-    flag("--attention_dropout", type=float, help="of the multi-head attention's weights (default: %(default)s)")
+    flag(
+        "--attention_dropout",
+        type=float,
+        help="of the multi-head attention's weights (default: %(default)s)",
+    )
 
 
 def add_tuning_flags(tuning):
     """What only fine-tuning asks for, to a group of the parser."""
     modes = tuning.add_mutually_exclusive_group()
-    modes.add_argument("--cider_tune", action="store_true", help="SCST: CIDEr-D of sampled captions as reward")
+    modes.add_argument(
+        "--cider_tune", action="store_true", help="SCST: CIDEr-D of sampled captions as reward"
+    )
     modes.add_argument("--lrp_tune", action="store_true", help="LRP-inference with cross-entropy")
     modes.add_argument("--lrp_cider_tune", action="store_true", help="LRP-inference with SCST")
     flag = tuning.add_argument
-    flag("--start_share", type=float, default=0.0, help="of the weights that are validated and kept, the share of those that fine-tuning started from (default: %(default)s)")
-    flag("--lrp_lambda", type=float, default=0.5, help="share of the plain cross-entropy, 0 to 1; 1 is the baseline without LRP (default: %(default)s)")
-    flag("--lrp_form", choices=("last_layer", "image"), default="last_layer", help="weights from the last layer's relevance, or from the image's heat map as in the paper's earlier version (default: %(default)s)")
-    flag("--samples", type=int, default=5, help="captions that SCST draws of an image (default: %(default)s)")
-    flag("--scst_baseline", choices=("greedy", "others"), default="greedy", help="reward to beat: of the greedy caption, or the mean of the other samples (default: %(default)s)")
-    flag("--bleu_weight", type=float, default=0.0, help="weight of BLEU-4 beside CIDEr-D in the reward (default: %(default)s)")
+    flag(
+        "--start_share",
+        type=float,
+        default=0.0,
+        help="of the weights that are validated and kept, the share of those that fine-tuning started from (default: %(default)s)",
+    )
+    flag(
+        "--lrp_lambda",
+        type=float,
+        default=0.5,
+        help="share of the plain cross-entropy, 0 to 1; 1 is the baseline without LRP (default: %(default)s)",
+    )
+    flag(
+        "--lrp_form",
+        choices=("last_layer", "image"),
+        default="last_layer",
+        help="weights from the last layer's relevance, or from the image's heat map as in the paper's earlier version (default: %(default)s)",
+    )
+    flag(
+        "--samples",
+        type=int,
+        default=5,
+        help="captions that SCST draws of an image (default: %(default)s)",
+    )
+    flag(
+        "--scst_baseline",
+        choices=("greedy", "others"),
+        default="greedy",
+        help="reward to beat: of the greedy caption, or the mean of the other samples (default: %(default)s)",
+    )
+    flag(
+        "--bleu_weight",
+        type=float,
+        default=0.0,
+        help="weight of BLEU-4 beside CIDEr-D in the reward (default: %(default)s)",
+    )
 
 
 def build_parser(defaults):
     """The command line, with the defaults of a preset."""
     parser = CommandLine(description=__doc__)
     flag = parser.add_argument
-    flag("--dataset", default="scenes", help="name of a folder under data/, or its path (default: %(default)s)")
-    flag("--preset", choices=PRESETS, help="a set of defaults (default: scenes for the scenes, else paper)")
+    flag(
+        "--dataset",
+        default="scenes",
+        help="name of a folder under data/, or its path (default: %(default)s)",
+    )
+    flag(
+        "--preset",
+        choices=PRESETS,
+        help="a set of defaults (default: scenes for the scenes, else paper)",
+    )
     add_model_flags(parser)
     flag("--epochs", type=int, help="passes over the training images (default: %(default)s)")
     flag("--batch_size", type=int, help="images a step (default: %(default)s)")
-    flag("--captions_per_image", type=int, default=5, help="captions of each image a step, 1 to 5 (default: %(default)s)")
-    flag("--decoder_lr", type=float, help="learning rate of all but the encoder (default: %(default)s)")
-    flag("--encoder_lr", type=float, help="learning rate of the encoder if it is tuned (default: %(default)s)")
-    flag("--schedule", choices=("plateau", "cosine", "constant"), help="plateau: x0.8 after 2 epochs without a gain in CIDEr; cosine: one cycle (default: %(default)s)")
-    flag("--adam_beta1", type=float, help="Adam's decay of the mean gradient (default: %(default)s)")
+    flag(
+        "--captions_per_image",
+        type=int,
+        default=5,
+        help="captions of each image a step, 1 to 5 (default: %(default)s)",
+    )
+    flag(
+        "--decoder_lr",
+        type=float,
+        help="learning rate of all but the encoder (default: %(default)s)",
+    )
+    flag(
+        "--encoder_lr",
+        type=float,
+        help="learning rate of the encoder if it is tuned (default: %(default)s)",
+    )
+    flag(
+        "--schedule",
+        choices=("plateau", "cosine", "constant"),
+        help="plateau: x0.8 after 2 epochs without a gain in CIDEr; cosine: one cycle (default: %(default)s)",
+    )
+    flag(
+        "--adam_beta1", type=float, help="Adam's decay of the mean gradient (default: %(default)s)"
+    )
     flag("--max_iterations", type=int, help="stop after so many steps (default: %(default)s)")
-    flag("--grad_clip", type=float, help="clamp every gradient to +- this value, 0 for not (default: %(default)s)")
-    flag("--grad_norm", type=float, help="scale the gradients down to this norm, 0 for not (default: %(default)s)")
-    flag("--ema_decay", type=float, help="validate and keep the exponential moving average of the weights, 0 for the weights themselves (default: %(default)s)")
-    flag("--label_smoothing", type=float, help="share of the target's probability that goes to all words alike (default: %(default)s)")
-    flag("--ss_prob", type=float, default=0.0, help="scheduled sampling: probability of feeding back a predicted word (default: %(default)s)")
-    flag("--finetune_encoder", action=argparse.BooleanOptionalAction, default=False, help="train the encoder too (default: %(default)s)")
-    flag("--pretrain_epochs", type=int, help="epochs in which the encoder first learns to name the annotated objects (default: %(default)s)")
-    flag("--augment", action=argparse.BooleanOptionalAction, help="jitter and mirror the training images; of cached features, take those of preparedataset.py --augment K in turn (default: %(default)s)")
-    flag("--bfloat16", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it (default: %(default)s)")
+    flag(
+        "--grad_clip",
+        type=float,
+        help="clamp every gradient to +- this value, 0 for not (default: %(default)s)",
+    )
+    flag(
+        "--grad_norm",
+        type=float,
+        help="scale the gradients down to this norm, 0 for not (default: %(default)s)",
+    )
+    flag(
+        "--ema_decay",
+        type=float,
+        help="validate and keep the exponential moving average of the weights, 0 for the weights themselves (default: %(default)s)",
+    )
+    flag(
+        "--label_smoothing",
+        type=float,
+        help="share of the target's probability that goes to all words alike (default: %(default)s)",
+    )
+    flag(
+        "--ss_prob",
+        type=float,
+        default=0.0,
+        help="scheduled sampling: probability of feeding back a predicted word (default: %(default)s)",
+    )
+    flag(
+        "--finetune_encoder",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train the encoder too (default: %(default)s)",
+    )
+    flag(
+        "--pretrain_epochs",
+        type=int,
+        help="epochs in which the encoder first learns to name the annotated objects (default: %(default)s)",
+    )
+    flag(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="jitter and mirror the training images; of cached features, take those of preparedataset.py --augment K in turn (default: %(default)s)",
+    )
+    flag(
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute in bfloat16 where it is safe: twice as fast on CPUs and GPUs that have it (default: %(default)s)",
+    )
     flag("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    flag("--cache_in_memory", action="store_true", help="read all cached features first, onto the GPU if they fit (default: read them step by step)")
-    flag("--output", help="where the captioner goes (default: checkpoints/DATASET-MODEL_TYPE[-MODE].pt; of LRP-inference also its form and lambda if others than usual)")
-    flag("--checkpoint_every", type=int, default=500, help="steps after which a training can be gone on with (default: %(default)s)")
-    flag("--resume", help="the .last.pt file of a training to go on with, or a captioner to fine-tune (default: checkpoints/DATASET-MODEL_TYPE.pt)")
+    flag(
+        "--cache_in_memory",
+        action="store_true",
+        help="read all cached features first, onto the GPU if they fit (default: read them step by step)",
+    )
+    flag(
+        "--output",
+        help="where the captioner goes (default: checkpoints/DATASET-MODEL_TYPE[-MODE].pt; of LRP-inference also its form and lambda if others than usual)",
+    )
+    flag(
+        "--checkpoint_every",
+        type=int,
+        default=500,
+        help="steps after which a training can be gone on with (default: %(default)s)",
+    )
+    flag(
+        "--resume",
+        help="the .last.pt file of a training to go on with, or a captioner to fine-tune (default: checkpoints/DATASET-MODEL_TYPE.pt)",
+    )
     add_tuning_flags(parser.add_argument_group("fine-tuning of a trained captioner"))
     add_decoding_flags(parser, max_length=20)
     add_common_flags(parser)
@@ -585,12 +889,19 @@ def parse_arguments(arguments=None):
     args.given = parser.given(args)
     for name, modes in ONLY_WITH.items():
         if mode not in modes and name in args.given:
-            kinds = ["training by cross-entropy" if mode == "cross_entropy" else f"--{mode}" for mode in modes]
+            kinds = [
+                "training by cross-entropy" if mode == "cross_entropy" else f"--{mode}"
+                for mode in modes
+            ]
             raise UserError(f"--{name} goes with {' or '.join(kinds)} only")
     args.mode, trained = mode, f"checkpoints/{folder.name}-{args.model_type}"
     args.resume = args.resume or (None if mode == "cross_entropy" else f"{trained}.pt")
     args.goes_on = bool(args.resume) and is_of_this_training(args)
-    changed = [f"{name.removeprefix('lrp_')}_{getattr(args, name)}" for name in ("lrp_form", "lrp_lambda") if getattr(args, name) != parser.get_default(name)]
+    changed = [
+        f"{name.removeprefix('lrp_')}_{getattr(args, name)}"
+        for name in ("lrp_form", "lrp_lambda")
+        if getattr(args, name) != parser.get_default(name)
+    ]
     args.output = args.output or default_output(args, trained, changed)
     check_arguments(args)
     return args
@@ -608,7 +919,9 @@ def check_arguments(args):
     for name, (least, most) in LIMITS.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} must be at least {least}{f' and at most {most}' if most < math.inf else ''}, not {value}")
+            raise UserError(
+                f"--{name} must be at least {least}{f' and at most {most}' if most < math.inf else ''}, not {value}"
+            )
     if Path(args.output).suffix != ".pt" or Path(args.output).is_dir():
         raise UserError(f"--output {args.output} is not the name of a .pt file")
     if args.scst_baseline == "others" and args.samples < 2:
@@ -622,9 +935,14 @@ def new_captioner(args, folder, train_set, device):
         weights = encoder_path(folder, args.encoder)
     encoder = build_encoder(args.encoder, weights).to(memory_format=torch.channels_last)
     check_cache(train_set, encoder)
-    learnt, asked_for = train_set.features or has_learnt(args.encoder, weights), "pretrain_epochs" in args.given
+    learnt, asked_for = (
+        train_set.features or has_learnt(args.encoder, weights),
+        "pretrain_epochs" in args.given,
+    )
     if train_set.features and args.pretrain_epochs and asked_for:
-        raise UserError("--pretrain_epochs needs images, and there are cached features, of an encoder that has learnt")
+        raise UserError(
+            "--pretrain_epochs needs images, and there are cached features, of an encoder that has learnt"
+        )
     if args.pretrain_epochs and not args.resume and (asked_for or not learnt):
         pretrain_encoder(encoder.requires_grad_(True), train_set, args, device)
     names = CaptionerConfig.__dataclass_fields__.keys()
@@ -644,17 +962,27 @@ def train(args, device):
     """Train as the flags say."""
     set_seed(args.seed)
     if args.batch_size < distributed.world_size():
-        raise UserError(f"--batch_size {args.batch_size} is less than the {distributed.world_size()} processes that share a batch")
-    with tempfile.TemporaryFile(dir=next(folder for folder in Path(args.output).absolute().parents if folder.exists())):
+        raise UserError(
+            f"--batch_size {args.batch_size} is less than the {distributed.world_size()} processes that share a batch"
+        )
+    with tempfile.TemporaryFile(
+        dir=next(folder for folder in Path(args.output).absolute().parents if folder.exists())
+    ):
         pass  # that nothing can be written there should not be found out after the first epoch
     last = Path(args.output).with_suffix(".last.pt")
-    if distributed.restarted() and last.exists() and read_checkpoint(last)["about"]["provenance"]["command"] == provenance()["command"]:
+    if (
+        distributed.restarted()
+        and last.exists()
+        and read_checkpoint(last)["about"]["provenance"]["command"] == provenance()["command"]
+    ):
         args.resume, args.goes_on = last, True
     folder, trained = dataset_folder(args.dataset), None
     if args.mode != "cross_entropy":
         trained = load_captioner(args.resume, device)
         if "model_type" in args.given and trained.config.model_type != args.model_type:
-            raise UserError(f"{args.resume} is not of --model_type {args.model_type}, but {trained.config.model_type}")
+            raise UserError(
+                f"{args.resume} is not of --model_type {args.model_type}, but {trained.config.model_type}"
+            )
         args.encoder, args.model_type = trained.config.encoder, trained.config.model_type
         for name in DROPOUTS:
             getattr(trained, name).p = getattr(args, name)
@@ -665,11 +993,20 @@ def train(args, device):
     captioner.encoder.requires_grad_(args.finetune_encoder)
     if args.cache_in_memory:
         if not train_set.features:
-            raise UserError(f"--cache_in_memory needs cached features; run preparedataset.py --features {args.encoder}")
+            raise UserError(
+                f"--cache_in_memory needs cached features; run preparedataset.py --features {args.encoder}"
+            )
         cache_in_memory((train_set, val_set), device)
         args.workers = 0  # they would copy what is at hand
-    if args.augment and train_set.features and not versions_of(folder, args.encoder) and distributed.is_main():
-        print("no augmented features are cached, so no image is augmented; preparedataset.py --augment K would cache some")
+    if (
+        args.augment
+        and train_set.features
+        and not versions_of(folder, args.encoder)
+        and distributed.is_main()
+    ):
+        print(
+            "no augmented features are cached, so no image is augmented; preparedataset.py --augment K would cache some"
+        )
     fit(captioner, train_set, val_set, args)
 
 

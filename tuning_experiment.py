@@ -29,9 +29,15 @@ from featurecache import features_path
 ENCODER, SOURCE = "scenes_vgg", "checkpoints/scenes-gridtd.pt"
 FOLDER = Path("results/tuning")
 DATA = Path("data/scenes")
-TESTS = {"habit": 0.9, "chance": 0.0}  # probability that a planted pair's second object is drawn because of the first
+TESTS = {
+    "habit": 0.9,
+    "chance": 0.0,
+}  # probability that a planted pair's second object is drawn because of the first
 MODELS = ("gridtd", "aoa", "adaptive")
-BASELINE, OF_ONE_CAPTION = "continued cross-entropy", "continued cross-entropy, one caption"  # of each image a step, as the image form
+BASELINE, OF_ONE_CAPTION = (
+    "continued cross-entropy",
+    "continued cross-entropy, one caption",
+)  # of each image a step, as the image form
 SETTINGS = {
     "cross-entropy": [],
     BASELINE: ["--lrp_tune", "--lrp_lambda", "1"],
@@ -42,19 +48,35 @@ SETTINGS = {
     "LRP-SCST": ["--lrp_cider_tune"],
 }
 RATES = ("1e-6", "1e-5", "1e-4")  # the paper's first
-METRICS = ("CIDEr", "object-word precision", "object-word F1", "CHAIR-i", "CHAIR-s", "planted hallucination")
+METRICS = (
+    "CIDEr",
+    "object-word precision",
+    "object-word F1",
+    "CHAIR-i",
+    "CHAIR-s",
+    "planted hallucination",
+)
 
 
 def stem(model, seed, setting, rate=None):
     """The name of a run."""
-    return "-".join([model, str(seed), setting.replace(", ", "-").replace(" ", "-"), *([rate] if rate else [])])
+    return "-".join(
+        [model, str(seed), setting.replace(", ", "-").replace(" ", "-"), *([rate] if rate else [])]
+    )
 
 
 def call(*arguments, threads=1):
     """Run one of the project's scripts on few threads; UserError with its last line if it fails."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        raise UserError(f"{arguments[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise UserError(
+            f"{arguments[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
 
 
 def prepare():
@@ -65,7 +87,21 @@ def prepare():
     for name, bias in TESTS.items():
         folder = DATA.with_name(f"scenes-{name}")
         if not features_path(folder, ENCODER).exists():
-            call("preparedataset.py", "--output", folder, "--train", 40, "--val", 20, "--seed", 1, "--test_bias", bias, *weights, threads=2)
+            call(
+                "preparedataset.py",
+                "--output",
+                folder,
+                "--train",
+                40,
+                "--val",
+                20,
+                "--seed",
+                1,
+                "--test_bias",
+                bias,
+                *weights,
+                threads=2,
+            )
 
 
 def train_and_measure(model, seed, setting, args, rate=None):
@@ -75,41 +111,79 @@ def train_and_measure(model, seed, setting, args, rate=None):
     length = {"epochs": args.epochs, "iterations": args.iterations}
     if result.exists():
         if read_json(result)["length"] != length:
-            raise UserError(f"{result} is of other --epochs or --iterations; delete {FOLDER} to begin anew")
+            raise UserError(
+                f"{result} is of other --epochs or --iterations; delete {FOLDER} to begin anew"
+            )
         return
-    flags = ["--model_type", model, "--seed", seed, "--output", checkpoint, "--workers", 0, *SETTINGS[setting]]
+    flags = [
+        "--model_type",
+        model,
+        "--seed",
+        seed,
+        "--output",
+        checkpoint,
+        "--workers",
+        0,
+        *SETTINGS[setting],
+    ]
     if setting == "cross-entropy":
         flags += ["--epochs", args.epochs]
     else:
-        flags += ["--resume", FOLDER / f"{stem(model, seed, 'cross-entropy')}.pt", "--max_iterations", args.iterations]
+        flags += [
+            "--resume",
+            FOLDER / f"{stem(model, seed, 'cross-entropy')}.pt",
+            "--max_iterations",
+            args.iterations,
+        ]
     if rate:
         flags += ["--decoder_lr", rate]
     last = checkpoint.with_suffix(".last.pt")
     if last.exists():
         flags += ["--resume", last]
     call("train.py", *flags)
-    write_json(result, {**provenance(seed, checkpoint), "rate": rate, "length": length, "metrics": figures(checkpoint)})
+    write_json(
+        result,
+        {
+            **provenance(seed, checkpoint),
+            "rate": rate,
+            "length": length,
+            "metrics": figures(checkpoint),
+        },
+    )
     last.unlink()
 
 
 def figures(checkpoint):
     """{"val", "habit", "chance": {metric: value}} of a captioner."""
     captioner = load_captioner(checkpoint)
-    corpus = {index: entry["captions"] for index, entry in enumerate(read_json(DATA / "train.json"))}
+    corpus = {
+        index: entry["captions"] for index, entry in enumerate(read_json(DATA / "train.json"))
+    }
     splits = {"val": CaptionDataset(DATA, "val", features=ENCODER)}
-    splits |= {name: CaptionDataset(DATA.with_name(f"scenes-{name}"), "test", features=ENCODER) for name in TESTS}
+    splits |= {
+        name: CaptionDataset(DATA.with_name(f"scenes-{name}"), "test", features=ENCODER)
+        for name in TESTS
+    }
     found = {}
     for name, dataset in splits.items():
-        predictions = {index: " ".join(words) for index, words in decode_split(captioner, dataset, workers=0).items()}
-        captions = captions_of(dataset, predictions, corpus, frequent_words(corpus, dataset.info["categories"]))
+        predictions = {
+            index: " ".join(words)
+            for index, words in decode_split(captioner, dataset, workers=0).items()
+        }
+        captions = captions_of(
+            dataset, predictions, corpus, frequent_words(corpus, dataset.info["categories"])
+        )
         found[name], _, _ = measure(captions, ("cider", "object_words", "chair", "planted"))
     return found
 
 
 def chosen_rate():
     """The learning rate of LRP-inference with the best F1 on val."""
+
     def value(rate):
-        return read_json(FOLDER / f"{stem('gridtd', 0, 'LRP-inference', rate)}.json")["metrics"]["val"]["object-word F1"]
+        return read_json(FOLDER / f"{stem('gridtd', 0, 'LRP-inference', rate)}.json")["metrics"][
+            "val"
+        ]["object-word F1"]
 
     return max(RATES, key=value)
 
@@ -126,18 +200,36 @@ def jobs(args):
                 future.result()
 
     all_of([("gridtd", 0, "cross-entropy", args)])
-    all_of([("gridtd", 0, setting, args, rate) for rate in RATES for setting in ("LRP-inference", BASELINE)])
+    all_of(
+        [
+            ("gridtd", 0, setting, args, rate)
+            for rate in RATES
+            for setting in ("LRP-inference", BASELINE)
+        ]
+    )
     rate = chosen_rate()
     for model in models:
         all_of([(model, seed, "cross-entropy", args) for seed in range(args.seeds)])
-        settings = [(setting, rate if "--lrp_tune" in flags else None) for setting, flags in SETTINGS.items() if setting != "cross-entropy"]
+        settings = [
+            (setting, rate if "--lrp_tune" in flags else None)
+            for setting, flags in SETTINGS.items()
+            if setting != "cross-entropy"
+        ]
         settings = [(setting, rate) for setting, rate in settings if setting not in args.without]
-        all_of([(model, seed, setting, args, rate) for setting, rate in settings for seed in range(args.seeds)])
+        all_of(
+            [
+                (model, seed, setting, args, rate)
+                for setting, rate in settings
+                for seed in range(args.seeds)
+            ]
+        )
 
 
 def spread(values):
     """Mean and standard deviation as text."""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    )
 
 
 def table(seeds):
@@ -145,7 +237,11 @@ def table(seeds):
     captions a step."""
     lines = []
     for test in TESTS:
-        lines += [f"\n**{test}**\n", "| captioner | training | seeds | " + " | ".join(METRICS) + " |", "|---" * (3 + len(METRICS)) + "|"]
+        lines += [
+            f"\n**{test}**\n",
+            "| captioner | training | seeds | " + " | ".join(METRICS) + " |",
+            "|---" * (3 + len(METRICS)) + "|",
+        ]
         for model in MODELS:
             results = {setting: results_of(model, setting, seeds, test) for setting in SETTINGS}
             for setting, found in results.items():
@@ -153,11 +249,18 @@ def table(seeds):
                     continue
                 cells = [spread([found[seed][metric] for seed in found]) for metric in METRICS]
                 lines.append(f"| {model} | {setting} | {len(found)} | " + " | ".join(cells) + " |")
-                baseline = results[OF_ONE_CAPTION if setting == "LRP-inference, image" else BASELINE]
+                baseline = results[
+                    OF_ONE_CAPTION if setting == "LRP-inference, image" else BASELINE
+                ]
                 both = sorted(found.keys() & baseline.keys())
                 if setting not in ("cross-entropy", BASELINE, OF_ONE_CAPTION) and both:
-                    cells = [spread([found[seed][metric] - baseline[seed][metric] for seed in both]) for metric in METRICS]
-                    lines.append("| | *difference* | " + f"{len(both)} | " + " | ".join(cells) + " |")
+                    cells = [
+                        spread([found[seed][metric] - baseline[seed][metric] for seed in both])
+                        for metric in METRICS
+                    ]
+                    lines.append(
+                        "| | *difference* | " + f"{len(both)} | " + " | ".join(cells) + " |"
+                    )
     return "\n".join(lines)
 
 
@@ -165,18 +268,44 @@ def results_of(model, setting, seeds, test):
     """{seed: metrics on a test set} of the runs that are done, at the chosen learning rate."""
     rate = chosen_rate() if "--lrp_tune" in SETTINGS[setting] else None
     paths = {seed: FOLDER / f"{stem(model, seed, setting, rate)}.json" for seed in range(seeds)}
-    return {seed: json.loads(path.read_text())["metrics"][test] for seed, path in paths.items() if path.exists()}
+    return {
+        seed: json.loads(path.read_text())["metrics"][test]
+        for seed, path in paths.items()
+        if path.exists()
+    }
 
 
 def main():
     """Train what is missing and print the table."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: %(default)s)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="captioners; the pilot is of gridtd (default: all)")
-    parser.add_argument("--without", nargs="+", choices=SETTINGS, default=[], help="settings to leave out")
-    parser.add_argument("--epochs", type=int, default=4, help="of cross-entropy (default: %(default)s)")
-    parser.add_argument("--iterations", type=int, default=150, help="steps of every fine-tuning (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, each on one core (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="seeds 0, 1, ... (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=list(MODELS),
+        help="captioners; the pilot is of gridtd (default: all)",
+    )
+    parser.add_argument(
+        "--without", nargs="+", choices=SETTINGS, default=[], help="settings to leave out"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=4, help="of cross-entropy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=150,
+        help="steps of every fine-tuning (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="trainings side by side, each on one core (default: %(default)s)",
+    )
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     for name in ("seeds", "epochs", "iterations", "jobs"):

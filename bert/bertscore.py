@@ -22,24 +22,43 @@ class BertScore:
             import bert_score
             from bert_score.utils import model2layers
         except ImportError:
-            raise ScorerUnavailable("the package bert-score is not installed; pip install bert-score==0.3.13") from None
+            raise ScorerUnavailable(
+                "the package bert-score is not installed; pip install bert-score==0.3.13"
+            ) from None
         folder = local_model(model)
         if layer is None:
             config = json.loads((folder / "config.json").read_text())
-            layer = model2layers.get(model) or model2layers.get(folder.name) or config.get("num_hidden_layers") or config.get("n_layers")
+            layer = (
+                model2layers.get(model)
+                or model2layers.get(folder.name)
+                or config.get("num_hidden_layers")
+                or config.get("n_layers")
+            )
         self.idf, self.layer = idf, layer
         try:
-            self.scorer = bert_score.BERTScorer(model_type=str(folder), num_layers=layer, device=str(device), batch_size=batch_size)
+            self.scorer = bert_score.BERTScorer(
+                model_type=str(folder), num_layers=layer, device=str(device), batch_size=batch_size
+            )
         except (OSError, ValueError, KeyError, AssertionError) as error:
-            raise ScorerUnavailable(f"BERTScore cannot use {model} with layer {layer} ({str(error).split(chr(10))[0]})") from None
+            raise ScorerUnavailable(
+                f"BERTScore cannot use {model} with layer {layer} ({str(error).split(chr(10))[0]})"
+            ) from None
 
     def compute_score(self, gts, res):
         """{key: reference sentences}, {key: [sentence]} -> mean F over all pairs, and each image's mean and best (N, 2).
 
         A pair of which one side is empty scores 0.
         """
-        pairs = [(index, res[key][0], reference) for index, key in enumerate(gts) for reference in gts[key]]
-        filled = [place for place, (_, caption, reference) in enumerate(pairs) if caption.strip() and reference.strip()]
+        pairs = [
+            (index, res[key][0], reference)
+            for index, key in enumerate(gts)
+            for reference in gts[key]
+        ]
+        filled = [
+            place
+            for place, (_, caption, reference) in enumerate(pairs)
+            if caption.strip() and reference.strip()
+        ]
         self.scorer._idf = self.idf  # so that one loaded model serves both
         if self.idf:
             self.scorer.compute_idf([reference for _, _, reference in pairs if reference.strip()])
@@ -62,5 +81,9 @@ def local_model(name):
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception:  # the kinds of errors differ between versions, and all mean that it is not here
-        raise ScorerUnavailable(f"the model {name} is not on this machine; run: hf download {name}, or give --bert_model FOLDER") from None
+    except (
+        Exception
+    ):  # the kinds of errors differ between versions, and all mean that it is not here
+        raise ScorerUnavailable(
+            f"the model {name} is not on this machine; run: hf download {name}, or give --bert_model FOLDER"
+        ) from None

@@ -66,19 +66,32 @@ class JavaScorer:
         """What went wrong, in one line, from the exit status (None: killed after the timeout) and stderr (bytes)."""
         if code is None:
             return ScorerUnavailable(f"{self.name} was stopped after {self.timeout} seconds")
-        lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()
+        ]
         lines = [line for line in lines if not line.startswith("Picked up")]
-        told = [line for line in lines if "Exception" in line or "OutOfMemory" in line] or lines or ["it said nothing"]
+        told = (
+            [line for line in lines if "Exception" in line or "OutOfMemory" in line]
+            or lines
+            or ["it said nothing"]
+        )
         return ScorerUnavailable(f"{self.name} ended with status {code}: {told[0]}")
 
     def run(self, arguments, text=""):
         """Run to the end with `text` as input; returns stdout. ScorerUnavailable if it does not end well."""
         try:
-            done = subprocess.run(self.command(*arguments), input=text.encode(), capture_output=True, timeout=self.timeout)
+            done = subprocess.run(
+                self.command(*arguments),
+                input=text.encode(),
+                capture_output=True,
+                timeout=self.timeout,
+            )
         except subprocess.TimeoutExpired:
             raise self.failure(None, b"") from None
         except OSError as error:
-            raise ScorerUnavailable(f"{self.name}: {self.java} cannot be run ({error.strerror})") from None
+            raise ScorerUnavailable(
+                f"{self.name}: {self.java} cannot be run ({error.strerror})"
+            ) from None
         if done.returncode:
             raise self.failure(done.returncode, done.stderr)
         return done.stdout.decode()
@@ -91,13 +104,31 @@ class PTBTokenizer(JavaScorer):
 
     def tokenize(self, *captions):
         """Each of several {key: list of raw sentences} -> {key: list of tokenised sentences}, all by one run of Java."""
-        sentences = [" ".join(sentence.split()) for group in captions for part in group.values() for sentence in part]
-        program = ["-cp", jar(pycocoevalcap.tokenizer, "stanford-corenlp-3.4.1.jar"), "edu.stanford.nlp.process.PTBTokenizer"]
-        lines = self.run([*program, "-preserveLines", "-lowerCase"], "\n".join(sentences) + "\n").split("\n")
+        sentences = [
+            " ".join(sentence.split())
+            for group in captions
+            for part in group.values()
+            for sentence in part
+        ]
+        program = [
+            "-cp",
+            jar(pycocoevalcap.tokenizer, "stanford-corenlp-3.4.1.jar"),
+            "edu.stanford.nlp.process.PTBTokenizer",
+        ]
+        lines = self.run(
+            [*program, "-preserveLines", "-lowerCase"], "\n".join(sentences) + "\n"
+        ).split("\n")
         if len(lines) != len(sentences) + 1:
-            raise ScorerUnavailable(f"{self.name} made {len(lines) - 1} lines of {len(sentences)} captions")
-        tokenised = iter(" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in lines)
-        return tuple({key: [next(tokenised) for _ in part] for key, part in group.items()} for group in captions)
+            raise ScorerUnavailable(
+                f"{self.name} made {len(lines) - 1} lines of {len(sentences)} captions"
+            )
+        tokenised = iter(
+            " ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in lines
+        )
+        return tuple(
+            {key: [next(tokenised) for _ in part] for key, part in group.items()}
+            for group in captions
+        )
 
 
 class Meteor(JavaScorer):
@@ -107,20 +138,35 @@ class Meteor(JavaScorer):
 
     def compute_score(self, gts, res):
         """{key: reference sentences}, {key: [sentence]}, tokenised -> the score of the corpus and a list of each image's."""
-        program = ["-jar", jar(pycocoevalcap.meteor, "meteor-1.5.jar"), "-", "-", "-stdio", "-l", "en", "-norm"]
-        questions = [" ||| ".join(["SCORE", *map(_plain, gts[key]), _plain(res[key][0])]) for key in gts]
+        program = [
+            "-jar",
+            jar(pycocoevalcap.meteor, "meteor-1.5.jar"),
+            "-",
+            "-",
+            "-stdio",
+            "-l",
+            "en",
+            "-norm",
+        ]
+        questions = [
+            " ||| ".join(["SCORE", *map(_plain, gts[key]), _plain(res[key][0])]) for key in gts
+        ]
         with tempfile.TemporaryFile() as errors:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
             try:
                 process = subprocess.Popen(self.command(*program), **pipes)
             except OSError as error:
-                raise ScorerUnavailable(f"{self.name}: {self.java} cannot be run ({error.strerror})") from None
+                raise ScorerUnavailable(
+                    f"{self.name}: {self.java} cannot be run ({error.strerror})"
+                ) from None
             expired = threading.Event()
             timer = threading.Timer(self.timeout, lambda: (expired.set(), process.kill()))
             try:
                 timer.start()
                 statistics = self._ask(process, questions, len(questions))
-                scores = self._ask(process, [" ||| ".join(["EVAL", *statistics])], len(questions) + 1)
+                scores = self._ask(
+                    process, [" ||| ".join(["EVAL", *statistics])], len(questions) + 1
+                )
             except (EOFError, OSError):
                 code = process.wait()
                 errors.seek(0)
@@ -167,10 +213,19 @@ class Spice(JavaScorer):
         shipped = Path(jar(pycocoevalcap.spice, "lib"))
         found = [path for folder in (SPICE_JARS, shipped) for path in folder.glob("*.jar")]
         if sum(path.name.startswith("stanford-corenlp-3.6.0") for path in found) < 2:
-            raise ScorerUnavailable("SPICE needs Stanford CoreNLP 3.6.0 and its models (390 MB); run: make spice")
-        if not any(path.name.startswith("rhino-engine") for path in found) and not self._has_javascript():
-            raise ScorerUnavailable("SPICE writes its scores by JavaScript, which this Java lacks; with Maven installed run: make spice")
-        self.classpath = os.pathsep.join([jar(pycocoevalcap.spice, "spice-1.0.jar"), *map(str, found)])
+            raise ScorerUnavailable(
+                "SPICE needs Stanford CoreNLP 3.6.0 and its models (390 MB); run: make spice"
+            )
+        if (
+            not any(path.name.startswith("rhino-engine") for path in found)
+            and not self._has_javascript()
+        ):
+            raise ScorerUnavailable(
+                "SPICE writes its scores by JavaScript, which this Java lacks; with Maven installed run: make spice"
+            )
+        self.classpath = os.pathsep.join(
+            [jar(pycocoevalcap.spice, "spice-1.0.jar"), *map(str, found)]
+        )
 
     def _has_javascript(self):
         """Whether this Java has Nashorn: 9 to 14 list it as a module, 8 has it and cannot list."""
@@ -184,15 +239,30 @@ class Spice(JavaScorer):
         nothing was found scores 0 (in pycocoevalcap one such caption makes the mean nan).
         """
         keys = list(gts)
-        rows = [{"image_id": index, "test": res[key][0], "refs": gts[key]} for index, key in enumerate(keys)]
+        rows = [
+            {"image_id": index, "test": res[key][0], "refs": gts[key]}
+            for index, key in enumerate(keys)
+        ]
         with tempfile.TemporaryDirectory() as folder:
             questions, answers = Path(folder) / "in.json", Path(folder) / "out.json"
             questions.write_text(json.dumps(rows), encoding="utf-8")
-            program = ["-cp", self.classpath, "edu.anu.spice.SpiceScorer", str(questions), "-out", str(answers), "-subset", "-silent"]
+            program = [
+                "-cp",
+                self.classpath,
+                "edu.anu.spice.SpiceScorer",
+                str(questions),
+                "-out",
+                str(answers),
+                "-subset",
+                "-silent",
+            ]
             self.run(program)
             if not answers.exists() or not answers.stat().st_size:
                 raise ScorerUnavailable("SPICE ended without a result")
-            scores = {row["image_id"]: row["scores"] for row in json.loads(answers.read_text(encoding="utf-8"))}
+            scores = {
+                row["image_id"]: row["scores"]
+                for row in json.loads(answers.read_text(encoding="utf-8"))
+            }
         parts = [{part: {name: _number(value[name]) for name in ("pr", "re", "f")} for part, value in scores[index].items()}
                  for index in range(len(keys))]  # fmt: skip
         return sum(part["All"]["f"] for part in parts if part["All"]["f"] > 0) / len(parts), parts

@@ -16,12 +16,13 @@ from torchvision.models import inception, resnet, squeezenet
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from captiondata import image_transform, load_image  # noqa: E402 (the path comes first)
-from captioner import METHODS  # noqa: E402
+from helpers import random_captioner, relative_difference  # noqa: E402
 from oracle_gradients import all_word_gradients, explain_words  # noqa: E402
 from oracle_lrp import gridtd_lrp  # noqa: E402
 from oracle_models import adaptive_lrp, aoa_lrp, graph_lrp  # noqa: E402
-from test_lrp_utils import random_captioner, relative_difference  # noqa: E402
+
+from captioner import METHODS  # noqa: E402
+from images import image_transform, load_image  # noqa: E402 (the path comes first)
 
 ENCODERS = ("scenes_vgg", "vgg16", "resnet101", "squeezenet1_1", "inception_v3")
 MODELS = ("adaptive", "gridtd", "aoa")
@@ -37,19 +38,31 @@ def inception_branches(block):
     pool = ("avgpool", 3, 1, 1)
     match block:
         case inception.InceptionA():
-            return [chain(block.branch1x1), chain(block.branch5x5_1, block.branch5x5_2),
-                    chain(block.branch3x3dbl_1, block.branch3x3dbl_2, block.branch3x3dbl_3),
-                    ("sequence", [pool, graph(block.branch_pool)])]
+            return [
+                chain(block.branch1x1),
+                chain(block.branch5x5_1, block.branch5x5_2),
+                chain(block.branch3x3dbl_1, block.branch3x3dbl_2, block.branch3x3dbl_3),
+                ("sequence", [pool, graph(block.branch_pool)]),
+            ]
         case inception.InceptionB():
-            return [chain(block.branch3x3), chain(block.branch3x3dbl_1, block.branch3x3dbl_2, block.branch3x3dbl_3),
-                    ("maxpool", 3, 2)]
+            return [
+                chain(block.branch3x3),
+                chain(block.branch3x3dbl_1, block.branch3x3dbl_2, block.branch3x3dbl_3),
+                ("maxpool", 3, 2),
+            ]
         case inception.InceptionC():
-            return [chain(block.branch1x1), chain(block.branch7x7_1, block.branch7x7_2, block.branch7x7_3),
-                    chain(*(getattr(block, f"branch7x7dbl_{i}") for i in range(1, 6))),
-                    ("sequence", [pool, graph(block.branch_pool)])]
+            return [
+                chain(block.branch1x1),
+                chain(block.branch7x7_1, block.branch7x7_2, block.branch7x7_3),
+                chain(*(getattr(block, f"branch7x7dbl_{i}") for i in range(1, 6))),
+                ("sequence", [pool, graph(block.branch_pool)]),
+            ]
         case inception.InceptionD():
-            return [chain(block.branch3x3_1, block.branch3x3_2),
-                    chain(*(getattr(block, f"branch7x7x3_{i}") for i in range(1, 5))), ("maxpool", 3, 2)]
+            return [
+                chain(block.branch3x3_1, block.branch3x3_2),
+                chain(*(getattr(block, f"branch7x7x3_{i}") for i in range(1, 5))),
+                ("maxpool", 3, 2),
+            ]
 
 
 def graph(module):
@@ -67,7 +80,16 @@ def graph(module):
         case nn.Identity():
             return None
         case squeezenet.Fire():
-            return ("sequence", [chain(module.squeeze, nn.ReLU()), ("concat", [chain(module.expand1x1, nn.ReLU()), chain(module.expand3x3, nn.ReLU())])])
+            return (
+                "sequence",
+                [
+                    chain(module.squeeze, nn.ReLU()),
+                    (
+                        "concat",
+                        [chain(module.expand1x1, nn.ReLU()), chain(module.expand3x3, nn.ReLU())],
+                    ),
+                ],
+            )
         case inception.BasicConv2d():
             return ("sequence", [graph(module.conv), ("relu",)])
         case resnet.Bottleneck():
@@ -78,8 +100,14 @@ def graph(module):
 
 def decoder_lrp(captioner, features, ids):
     """The oracle's region relevance (T, L, D), word relevance (T, T) and scores (T,)."""
-    parameters = {name: value.numpy() for name, value in captioner.state_dict().items() if not name.startswith("encoder.")}
-    oracle = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}[captioner.config.model_type]
+    parameters = {
+        name: value.numpy()
+        for name, value in captioner.state_dict().items()
+        if not name.startswith("encoder.")
+    }
+    oracle = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}[
+        captioner.config.model_type
+    ]
     heads = {"heads": captioner.config.num_head} if captioner.config.model_type == "aoa" else {}
     return oracle(parameters, features, [captioner.vocabulary.start, *ids[:-1]], ids, **heads)
 
@@ -105,12 +133,23 @@ def gradient_disagreements(captioner, image, ids):
     """The same for every gradient-based method, over all words: {method: {...}}."""
     parameters = {name: value.detach() for name, value in captioner.state_dict().items()}
     config, encoder = captioner.config, captioner.encoder
-    words = all_word_gradients(config.model_type, parameters, encoder, config.num_head, image, ids, captioner.vocabulary.start)
+    words = all_word_gradients(
+        config.model_type,
+        parameters,
+        encoder,
+        config.num_head,
+        image,
+        ids,
+        captioner.vocabulary.start,
+    )
     found = {}
     for method in METHODS.keys() - {"lrp"}:
         ours = captioner.explain(image[None], [captioner.vocabulary.decode(ids)], method)[0]
         pixels, regions, inputs = explain_words(method, words, encoder.grid)
-        found[method] = {"regions": relative_difference(ours.region_relevance, regions), "pixels": relative_difference(ours.image_relevance, pixels)}
+        found[method] = {
+            "regions": relative_difference(ours.region_relevance, regions),
+            "pixels": relative_difference(ours.image_relevance, pixels),
+        }
         if method != "attention":  # which says nothing of words
             found[method]["words"] = relative_difference(ours.word_relevance, inputs)
     return found
@@ -129,7 +168,9 @@ def main():
         for model_type in MODELS:
             captioner = random_captioner(encoder, model_type=model_type)
             pixels = image_transform(captioner.encoder.image_size)(image).double()
-            rows = {"lrp": lrp_disagreement(captioner, pixels, CAPTION)} | gradient_disagreements(captioner, pixels, CAPTION)
+            rows = {"lrp": lrp_disagreement(captioner, pixels, CAPTION)} | gradient_disagreements(
+                captioner, pixels, CAPTION
+            )
             for method, found in rows.items():
                 values = "  ".join(f"{name} {value:.1e}" for name, value in found.items())
                 print(f"{model_type:10s} {encoder:14s} {method:17s} {values}", flush=True)

@@ -18,15 +18,32 @@ from scenes import write_scenes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared" / "data"  # a part of the originals, where it is
-INFO = {"description": "COCO 2017 Dataset", "url": "http://cocodataset.org", "version": "1.0", "year": 2017,
-        "contributor": "COCO Consortium", "date_created": "2017/09/01"}
-LICENSES = [{"url": "http://creativecommons.org/licenses/by-nc-sa/2.0/", "id": 1, "name": "Attribution-NonCommercial-ShareAlike License"}]
-CATEGORIES = [{"supercategory": "animal", "id": 3, "name": "dog"}, {"supercategory": "vehicle", "id": 7, "name": "bus"}]
+INFO = {
+    "description": "COCO 2017 Dataset",
+    "url": "http://cocodataset.org",
+    "version": "1.0",
+    "year": 2017,
+    "contributor": "COCO Consortium",
+    "date_created": "2017/09/01",
+}
+LICENSES = [
+    {
+        "url": "http://creativecommons.org/licenses/by-nc-sa/2.0/",
+        "id": 1,
+        "name": "Attribution-NonCommercial-ShareAlike License",
+    }
+]
+CATEGORIES = [
+    {"supercategory": "animal", "id": 3, "name": "dog"},
+    {"supercategory": "vehicle", "id": 7, "name": "bus"},
+]
 
 
 def draw(path, size=(20, 10), seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    ).save(path)
 
 
 def edit(path, change):
@@ -44,15 +61,24 @@ def write_coco(root, name, ids, categories=CATEGORIES, info=INFO, **more):
               for i in reversed(ids)]  # fmt: skip
     for image in images:
         draw(root / name / image["file_name"], seed=image["id"])
-    sentences = [{"image_id": i, "id": 10 * i + k, "caption": f"A dog, no. {k} \n"} for i in ids for k in range(5)]
+    sentences = [
+        {"image_id": i, "id": 10 * i + k, "caption": f"A dog, no. {k} \n"}
+        for i in ids
+        for k in range(5)
+    ]
     boxes = [{"segmentation": [[2, 1, 10, 1, 10, 7]], "area": 24.0, "iscrowd": 0, "image_id": i, "bbox": [2, 1, 8, 6], "category_id": 3,
               "id": i, **more} for i in ids]  # fmt: skip
     boxes.append({"segmentation": {"counts": [40, 60, 100], "size": [10, 20]}, "area": 60, "iscrowd": 1, "image_id": ids[0],
                   "bbox": [4, 0, 6, 10], "category_id": 7, "id": 900100000000 + ids[0]})  # fmt: skip
     common, folder = {"info": info, "licenses": LICENSES, "images": images}, root / "annotations"
     folder.mkdir(exist_ok=True)
-    for kind, content in (("captions", {"annotations": sentences}), ("instances", {"annotations": boxes, "categories": categories})):
-        (folder / f"{kind}_{name}.json").write_text(json.dumps({**common, **content}, separators=(",", ": ")))
+    for kind, content in (
+        ("captions", {"annotations": sentences}),
+        ("instances", {"annotations": boxes, "categories": categories}),
+    ):
+        (folder / f"{kind}_{name}.json").write_text(
+            json.dumps({**common, **content}, separators=(",", ": "))
+        )
     return root
 
 
@@ -71,9 +97,23 @@ def write_flickr(root, name="flickr8k", splits=("train", "restval", "val", "trai
     images = []
     for k, split in enumerate(splits):
         draw(root / "images" / flickr_file(name, k), seed=k)
-        tokens, raw, ids = ["two", "dogs", "ball", f"{k}"], f"Two dogs' ball, {k}.", list(range(5 * k, 5 * k + 5))
-        sentences = [{"tokens": tokens, "raw": raw, "imgid": k, "sentid": sentence} for sentence in ids]
-        images.append({"sentids": ids, "imgid": k, "sentences": sentences, "split": split, "filename": flickr_file(name, k)})
+        tokens, raw, ids = (
+            ["two", "dogs", "ball", f"{k}"],
+            f"Two dogs' ball, {k}.",
+            list(range(5 * k, 5 * k + 5)),
+        )
+        sentences = [
+            {"tokens": tokens, "raw": raw, "imgid": k, "sentid": sentence} for sentence in ids
+        ]
+        images.append(
+            {
+                "sentids": ids,
+                "imgid": k,
+                "sentences": sentences,
+                "split": split,
+                "filename": flickr_file(name, k),
+            }
+        )
     (root / f"dataset_{name}.json").write_text(json.dumps({"images": images, "dataset": name}))
     return root
 
@@ -89,7 +129,9 @@ SENTENCES = """[/EN#11/people A young man] throws [/EN#12/other a frisbee] .
 
 def write_entities(root, name="1001"):
     """Flickr30k Entities of the second image that `write_flickr` writes."""
-    annotation, sentences = (root / "Flickr30kEntities" / folder for folder in ("Annotations", "Sentences"))
+    annotation, sentences = (
+        root / "Flickr30kEntities" / folder for folder in ("Annotations", "Sentences")
+    )
     for folder in (annotation, sentences):
         folder.mkdir(parents=True)
     tree = ElementTree.ElementTree(ElementTree.fromstring(ENTITY))
@@ -124,6 +166,13 @@ def refused(module, arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         run(module.main)
     out, err = capsys.readouterr()
-    name, _, message = err.removesuffix("\n").rpartition("\r")[2].partition(": error: ")  # a progress bar wipes itself out by \r
-    assert caught.value.code == 2 and name == f"{module.__name__}.py" and not out and "\n" not in message
+    name, _, message = (
+        err.removesuffix("\n").rpartition("\r")[2].partition(": error: ")
+    )  # a progress bar wipes itself out by \r
+    assert (
+        caught.value.code == 2
+        and name == f"{module.__name__}.py"
+        and not out
+        and "\n" not in message
+    )
     return message

@@ -32,15 +32,21 @@ def lstm_step(params, name, x, h, m):
 
 def sentinel(params, x, h_previous, m):
     """The visual sentinel s_t (H,): what the cell m_t knows, behind a gate of x_t and h_{t-1}."""
-    gate = torch.sigmoid(affine(params, "sentinel_input", x) + affine(params, "sentinel_hidden", h_previous))
+    gate = torch.sigmoid(
+        affine(params, "sentinel_input", x) + affine(params, "sentinel_hidden", h_previous)
+    )
     return gate * torch.tanh(m)
 
 
 def adaptive_attention(params, v, s, h):
     """Regions v (L, H), sentinel s, state h (H,) -> c_hat = (1 - beta) sum alpha v + beta s (H,) and alpha (1, L)."""
     look = affine(params, "attention_hidden", h)
-    a = affine(params, "attention_score", torch.tanh(affine(params, "attention_visual", v) + look))[:, 0]
-    b = affine(params, "attention_score", torch.tanh(affine(params, "attention_sentinel", s) + look))
+    a = affine(params, "attention_score", torch.tanh(affine(params, "attention_visual", v) + look))[
+        :, 0
+    ]
+    b = affine(
+        params, "attention_score", torch.tanh(affine(params, "attention_sentinel", s) + look)
+    )
     alpha, beta = torch.softmax(a, 0), torch.softmax(torch.cat([a, b]), 0)[-1]
     return (1 - beta) * (alpha @ v) + beta * s, alpha[None]
 
@@ -80,14 +86,20 @@ def aoa_logits(params, features, embeddings, heads):
     h = m = torch.zeros_like(v[0])
     for embedding in embeddings:
         h, m = lstm_step(params, "lstm.{}_l0", torch.cat([embedding, v.mean(0)]), h, m)
-    query, keys, values = affine(params, "query", h), affine(params, "key", v), affine(params, "value", v)
+    query, keys, values = (
+        affine(params, "query", h),
+        affine(params, "key", v),
+        affine(params, "value", v),
+    )
     d = len(query) // heads
     alpha, context = [], []
     for n in range(heads):
         own = slice(n * d, (n + 1) * d)
         alpha.append(torch.softmax(keys[:, own] @ query[own] / math.sqrt(d), 0))
         context.append(alpha[n] @ values[:, own])
-    c = torch.sigmoid(affine(params, "context_gate", h)) * affine(params, "context_projection", torch.cat(context))
+    c = torch.sigmoid(affine(params, "context_gate", h)) * affine(
+        params, "context_projection", torch.cat(context)
+    )
     return affine(params, "fc", c + h), torch.stack(alpha)
 
 
@@ -140,17 +152,29 @@ def word_gradients(decode, params, encoder, heads, image, tokens, target):
     logits, alpha = decode(params, features, embeddings, heads)
     pixel, feature, embedding = torch.autograd.grad(logits[target], [image, features, embeddings])
     guided_features = with_relus(encoder, GuidedReLU)(image[None])[0]
-    torch.testing.assert_close(guided_features, features)  # a copy that computes something else would explain it
+    torch.testing.assert_close(
+        guided_features, features
+    )  # a copy that computes something else would explain it
     (guided,) = torch.autograd.grad(guided_features, image, feature)
-    found = {"score": logits[target], "image": image, "pixel_gradient": pixel, "guided_gradient": guided,
-             "features": features, "feature_gradient": feature, "embeddings": embeddings,
-             "embedding_gradient": embedding, "attention": alpha}
+    found = {
+        "score": logits[target],
+        "image": image,
+        "pixel_gradient": pixel,
+        "guided_gradient": guided,
+        "features": features,
+        "feature_gradient": feature,
+        "embeddings": embeddings,
+        "embedding_gradient": embedding,
+        "attention": alpha,
+    }
     return {name: value.detach() for name, value in found.items()}
 
 
 def enlarged(regions, grid, size):
     """A map of the regions (L,), row by row, bilinearly enlarged to size (H, W), corners not aligned."""
-    return F.interpolate(regions.reshape(1, 1, *grid), size=size, mode="bilinear", align_corners=False)[0, 0]
+    return F.interpolate(
+        regions.reshape(1, 1, *grid), size=size, mode="bilinear", align_corners=False
+    )[0, 0]
 
 
 def words_gradient(word):
@@ -165,8 +189,11 @@ def gradient(word, grid):
 
 def input_x_gradient(word, grid):
     """The gradient times what it is the gradient to, summed over channels."""
-    return ((word["image"] * word["pixel_gradient"]).sum(0), (word["features"] * word["feature_gradient"]).sum(1),
-            (word["embeddings"] * word["embedding_gradient"]).sum(1))
+    return (
+        (word["image"] * word["pixel_gradient"]).sum(0),
+        (word["features"] * word["feature_gradient"]).sum(1),
+        (word["embeddings"] * word["embedding_gradient"]).sum(1),
+    )
 
 
 def class_activation(word):
@@ -190,31 +217,47 @@ def guided_backprop(word, grid):
 def guided_gradcam(word, grid):
     """Guided backpropagation times enlarged Grad-CAM."""
     cam = class_activation(word)
-    return (word["guided_gradient"].sum(0) * enlarged(cam, grid, word["image"].shape[1:]), cam, words_gradient(word))
+    return (
+        word["guided_gradient"].sum(0) * enlarged(cam, grid, word["image"].shape[1:]),
+        cam,
+        words_gradient(word),
+    )
 
 
 def attention(word, grid):
     """The attention, mean over heads; it says nothing of words."""
     alpha = sum(word["attention"]) / len(word["attention"])
-    return enlarged(alpha, grid, word["image"].shape[1:]), alpha, torch.zeros(len(word["embeddings"]))
+    return (
+        enlarged(alpha, grid, word["image"].shape[1:]),
+        alpha,
+        torch.zeros(len(word["embeddings"])),
+    )
 
 
-REFERENCES = {"gradient": gradient, "input_x_gradient": input_x_gradient, "gradcam": gradcam,
-              "guided_backprop": guided_backprop, "guided_gradcam": guided_gradcam, "attention": attention}
+REFERENCES = {
+    "gradient": gradient,
+    "input_x_gradient": input_x_gradient,
+    "gradcam": gradcam,
+    "guided_backprop": guided_backprop,
+    "guided_gradcam": guided_gradcam,
+    "attention": attention,
+}
 
 
 def all_word_gradients(model_type, params, encoder, heads, image, ids, start):
     """`word_gradients` of every word of the caption `ids` of one image, a list of T."""
     inputs = [start, *ids[:-1]]
-    return [word_gradients(DECODERS[model_type], params, encoder, heads, image, inputs[:t + 1], target)
-            for t, target in enumerate(ids)]
+    return [
+        word_gradients(DECODERS[model_type], params, encoder, heads, image, inputs[: t + 1], target)
+        for t, target in enumerate(ids)
+    ]
 
 
 def explain_words(method, words, grid):
     """The T results of `word_gradients` -> relevance of pixels (T, H, W), regions (T, L) and input words (T, T)."""
     images, regions, inputs = [], [], torch.zeros(len(words), len(words), dtype=torch.float64)
     for t, word in enumerate(words):
-        image, region, inputs[t, :t + 1] = REFERENCES[method](word, grid)
+        image, region, inputs[t, : t + 1] = REFERENCES[method](word, grid)
         images.append(image)
         regions.append(region)
     return torch.stack(images), torch.stack(regions), inputs

@@ -43,13 +43,26 @@ def in_float64(params):
 
 def lstm_step(params, name, x, h_previous, c_previous):
     """One nn.LSTMCell step: its inputs, gates i, f, o (after their sigmoid), g (before its tanh), c and h, all (H,)."""
-    z = (params[f"{name}.weight_ih"] @ x + params[f"{name}.bias_ih"]
-         + params[f"{name}.weight_hh"] @ h_previous + params[f"{name}.bias_hh"])
+    z = (
+        params[f"{name}.weight_ih"] @ x
+        + params[f"{name}.bias_ih"]
+        + params[f"{name}.weight_hh"] @ h_previous
+        + params[f"{name}.bias_hh"]
+    )
     i, f, g, o = np.split(z, 4)
     i, f, o = sigmoid(i), sigmoid(f), sigmoid(o)
     c = f * c_previous + i * np.tanh(g)
-    return {"x": x, "h_previous": h_previous, "c_previous": c_previous,
-            "i": i, "f": f, "g": g, "o": o, "c": c, "h": o * np.tanh(c)}
+    return {
+        "x": x,
+        "h_previous": h_previous,
+        "c_previous": c_previous,
+        "i": i,
+        "f": f,
+        "g": g,
+        "o": o,
+        "c": c,
+        "h": o * np.tanh(c),
+    }
 
 
 def attend(params, v, h1, s):
@@ -58,8 +71,12 @@ def attend(params, v, h1, s):
     score = params["attention_score.weight"][0]
     a = np.zeros(len(v))
     for i, v_i in enumerate(v):
-        a[i] = score @ np.tanh(params["attention_visual.weight"] @ v_i + params["attention_visual.bias"] + query)
-    b = score @ np.tanh(params["attention_sentinel.weight"] @ s + params["attention_sentinel.bias"] + query)
+        a[i] = score @ np.tanh(
+            params["attention_visual.weight"] @ v_i + params["attention_visual.bias"] + query
+        )
+    b = score @ np.tanh(
+        params["attention_sentinel.weight"] @ s + params["attention_sentinel.bias"] + query
+    )
     alpha, beta = softmax(a), softmax(np.append(a, b))[-1]
     c = sum(alpha[i] * v_i for i, v_i in enumerate(v))
     return {"alpha": alpha, "beta": beta, "c": c, "c_hat": (1 - beta) * c + beta * s}
@@ -68,16 +85,27 @@ def attend(params, v, h1, s):
 def word_step(params, v, v_g, token, cell1, cell2):
     """One time step after the cells' previous steps: both cells' `lstm_step`, what `attend` returns, s, z, logits."""
     x1 = np.concatenate([cell2["h"], v_g, params["embedding.weight"][token]])
-    sentinel_gate = sigmoid(params["sentinel_input.weight"] @ x1 + params["sentinel_input.bias"]
-                            + params["sentinel_hidden.weight"] @ cell1["h"] + params["sentinel_hidden.bias"])
+    sentinel_gate = sigmoid(
+        params["sentinel_input.weight"] @ x1
+        + params["sentinel_input.bias"]
+        + params["sentinel_hidden.weight"] @ cell1["h"]
+        + params["sentinel_hidden.bias"]
+    )
     cell1 = lstm_step(params, "attention_lstm", x1, cell1["h"], cell1["c"])
     s = sentinel_gate * np.tanh(cell1["c"])
     attention = attend(params, v, cell1["h"], s)
     x2 = np.concatenate([attention["c_hat"], cell1["h"]])
     cell2 = lstm_step(params, "language_lstm", x2, cell2["h"], cell2["c"])
     z = attention["c_hat"] + cell2["h"]
-    return {"attention_lstm": cell1, "language_lstm": cell2, "s": s, "sentinel_gate": sentinel_gate, **attention,
-            "z": z, "logits": params["fc.weight"] @ z + params["fc.bias"]}
+    return {
+        "attention_lstm": cell1,
+        "language_lstm": cell2,
+        "s": s,
+        "sentinel_gate": sentinel_gate,
+        **attention,
+        "z": z,
+        "logits": params["fc.weight"] @ z + params["fc.bias"],
+    }
 
 
 def gridtd_forward(params, features, tokens):
@@ -89,7 +117,9 @@ def gridtd_forward(params, features, tokens):
     """
     params, a = in_float64(params), np.asarray(features, dtype=np.float64)
     mean = sum(a) / len(a)
-    v_before = np.stack([params["image_projection.weight"] @ a_i + params["image_projection.bias"] for a_i in a])
+    v_before = np.stack(
+        [params["image_projection.weight"] @ a_i + params["image_projection.bias"] for a_i in a]
+    )
     v_g_before = params["global_projection.weight"] @ mean + params["global_projection.bias"]
     v, v_g = np.maximum(v_before, 0), np.maximum(v_g_before, 0)
     zero = np.zeros(v.shape[1])
@@ -98,17 +128,29 @@ def gridtd_forward(params, features, tokens):
     for token in tokens:
         steps.append(word_step(params, v, v_g, int(token), cell1, cell2))
         cell1, cell2 = steps[-1]["attention_lstm"], steps[-1]["language_lstm"]
-    return {"a": a, "mean": mean, "v_before": v_before, "v": v, "v_g_before": v_g_before, "v_g": v_g, "steps": steps,
-            **{name: np.stack([step[name] for step in steps]) for name in ("logits", "alpha", "beta")}}
+    return {
+        "a": a,
+        "mean": mean,
+        "v_before": v_before,
+        "v": v,
+        "v_g_before": v_g_before,
+        "v_g": v_g,
+        "steps": steps,
+        **{name: np.stack([step[name] for step in steps]) for name in ("logits", "alpha", "beta")},
+    }
 
 
 def lstm_lrp(params, name, cell, R_c, epsilon):
     """One step of LRP-LSTM (Arras et al. 2017): R(c_t) (H,) -> R(x_t), R(h_{t-1}), R(c_{t-1}); gates get nothing."""
-    R_g = share(R_c, cell["i"] * np.tanh(cell["g"]), cell["c"], epsilon)  # R(tanh g) passes to g as it is
+    R_g = share(
+        R_c, cell["i"] * np.tanh(cell["g"]), cell["c"], epsilon
+    )  # R(tanh g) passes to g as it is
     R_c_previous = share(R_c, cell["f"] * cell["c_previous"], cell["c"], epsilon)
     rows = slice(2 * len(R_c), 3 * len(R_c))  # gate order i, f, g, o
     R_x = linear(R_g, cell["x"], params[f"{name}.weight_ih"][rows], cell["g"], epsilon)
-    R_h_previous = linear(R_g, cell["h_previous"], params[f"{name}.weight_hh"][rows], cell["g"], epsilon)
+    R_h_previous = linear(
+        R_g, cell["h_previous"], params[f"{name}.weight_hh"][rows], cell["g"], epsilon
+    )
     return R_x, R_h_previous, R_c_previous
 
 
@@ -116,34 +158,50 @@ def context_lrp(v, step, R_c_hat, epsilon):
     """The adaptive module: R(c_hat_t) -> R(s_t) (H,), R(v) (L,H); first c_hat = (1-beta) c + beta s, then the sum c."""
     R_s = share(R_c_hat, step["beta"] * step["s"], step["c_hat"], epsilon)
     R_c = share(R_c_hat, (1 - step["beta"]) * step["c"], step["c_hat"], epsilon)
-    R_v = np.stack([share(R_c, step["alpha"][i] * v_i, step["c"], epsilon) for i, v_i in enumerate(v)])
+    R_v = np.stack(
+        [share(R_c, step["alpha"][i] * v_i, step["c"], epsilon) for i, v_i in enumerate(v)]
+    )
     return R_s, R_v
 
 
 def image_lrp(params, forward, R_v, R_v_g, epsilon):
     """R(v) (L,H) and R(v_g) (E,) -> R(a) (L,D); both ReLUs pass."""
-    R_mean = linear(R_v_g, forward["mean"], params["global_projection.weight"], forward["v_g_before"], epsilon)
+    R_mean = linear(
+        R_v_g, forward["mean"], params["global_projection.weight"], forward["v_g_before"], epsilon
+    )
     R_a = np.zeros_like(forward["a"])
     for i, a_i in enumerate(forward["a"]):
         R_a[i] += share(R_mean, a_i / len(R_a), forward["mean"], epsilon)
-        R_a[i] += linear(R_v[i], a_i, params["image_projection.weight"], forward["v_before"][i], epsilon)
+        R_a[i] += linear(
+            R_v[i], a_i, params["image_projection.weight"], forward["v_before"][i], epsilon
+        )
     return R_a
 
 
 def word_lrp(params, forward, last, target, epsilon):
     """Algorithm 1 for logit `target` of step `last`: R(a) (L,D) and the relevance of the inputs 0..last (last+1,)."""
     steps, H, E = forward["steps"], forward["v"].shape[1], len(forward["v_g"])
-    R_h1, R_c1, R_h2, R_c2, R_c_hat = (np.zeros((last + 1, H)) for _ in range(5))  # one row a step; every source adds
+    R_h1, R_c1, R_h2, R_c2, R_c_hat = (
+        np.zeros((last + 1, H)) for _ in range(5)
+    )  # one row a step; every source adds
     R_v, R_v_g, R_word = np.zeros_like(forward["v"]), np.zeros(E), np.zeros(last + 1)
 
     logits, z = steps[last]["logits"], steps[last]["z"]
-    R_z = linear(np.where(np.arange(len(logits)) == target, logits, 0), z, params["fc.weight"], logits, epsilon)
+    R_z = linear(
+        np.where(np.arange(len(logits)) == target, logits, 0),
+        z,
+        params["fc.weight"],
+        logits,
+        epsilon,
+    )
     R_c_hat[last] += share(R_z, steps[last]["c_hat"], z, epsilon)
     R_h2[last] += share(R_z, steps[last]["language_lstm"]["h"], z, epsilon)
 
     for t in range(last, -1, -1):
         R_c2[t] += R_h2[t]
-        R_x2, R_h2_back, R_c2_back = lstm_lrp(params, "language_lstm", steps[t]["language_lstm"], R_c2[t], epsilon)
+        R_x2, R_h2_back, R_c2_back = lstm_lrp(
+            params, "language_lstm", steps[t]["language_lstm"], R_c2[t], epsilon
+        )
         R_c_hat[t] += R_x2[:H]
         R_h1[t] += R_x2[H:]
 
@@ -151,9 +209,11 @@ def word_lrp(params, forward, last, target, epsilon):
         R_v += R_v_t
 
         R_c1[t] += R_h1[t] + R_s
-        R_x1, R_h1_back, R_c1_back = lstm_lrp(params, "attention_lstm", steps[t]["attention_lstm"], R_c1[t], epsilon)
-        R_v_g += R_x1[H:H + E]
-        R_word[t] = R_x1[H + E:].sum()
+        R_x1, R_h1_back, R_c1_back = lstm_lrp(
+            params, "attention_lstm", steps[t]["attention_lstm"], R_c1[t], epsilon
+        )
+        R_v_g += R_x1[H : H + E]
+        R_word[t] = R_x1[H + E :].sum()
         if t > 0:  # the states before <start> are zero, so is their relevance
             R_h2[t - 1] += R_h2_back + R_x1[:H]
             R_c2[t - 1] += R_c2_back
@@ -173,7 +233,9 @@ def gridtd_lrp(params, features, tokens, targets, epsilon=0.01):
     word_relevance, scores = np.zeros((len(tokens), len(tokens))), np.zeros(len(tokens))
     for t, target in enumerate(targets):
         scores[t] = forward["logits"][t, int(target)]
-        feature_relevance[t], word_relevance[t, :t + 1] = word_lrp(params, forward, t, int(target), epsilon)
+        feature_relevance[t], word_relevance[t, : t + 1] = word_lrp(
+            params, forward, t, int(target), epsilon
+        )
     return feature_relevance, word_relevance, scores
 
 
@@ -183,7 +245,15 @@ def windows(shape, kernel, stride):
     h, w = (shape[1] - kh) // sh + 1, (shape[2] - kw) // sw + 1
     for i in range(kh):
         for j in range(kw):
-            yield i, j, (slice(None), slice(i, i + sh * (h - 1) + 1, sh), slice(j, j + sw * (w - 1) + 1, sw))
+            yield (
+                i,
+                j,
+                (
+                    slice(None),
+                    slice(i, i + sh * (h - 1) + 1, sh),
+                    slice(j, j + sw * (w - 1) + 1, sw),
+                ),
+            )
 
 
 def pad(x, padding):
@@ -195,7 +265,10 @@ def pad(x, padding):
 def conv(x, weight, stride, padding):
     """Convolution without bias: x (C,H,W), weight (O,C,kh,kw) -> (O,h,w)."""
     x = pad(x, padding)
-    return sum(np.tensordot(weight[:, :, i, j], x[at], 1) for i, j, at in windows(x.shape, weight.shape[2:], stride))
+    return sum(
+        np.tensordot(weight[:, :, i, j], x[at], 1)
+        for i, j, at in windows(x.shape, weight.shape[2:], stride)
+    )
 
 
 def conv_transposed(y, weight, stride, padding, shape):
@@ -204,7 +277,7 @@ def conv_transposed(y, weight, stride, padding, shape):
     for i, j, at in windows(x.shape, weight.shape[2:], stride):
         x[at] += np.tensordot(weight[:, :, i, j].T, y, 1)
     ph, pw = np.broadcast_to(padding, 2)
-    return x[:, ph:ph + shape[1], pw:pw + shape[2]]
+    return x[:, ph : ph + shape[1], pw : pw + shape[2]]
 
 
 def conv_lrp(x, R, weight, stride, padding):
@@ -212,7 +285,10 @@ def conv_lrp(x, R, weight, stride, padding):
     parts = [(np.maximum(x, 0), np.maximum(weight, 0)), (np.minimum(x, 0), np.minimum(weight, 0))]
     z = sum(conv(x_part, w_part, stride, padding) for x_part, w_part in parts)
     quotient = np.divide(R, z, out=np.zeros_like(z), where=z != 0)
-    return sum(x_part * conv_transposed(quotient, w_part, stride, padding, x.shape) for x_part, w_part in parts)
+    return sum(
+        x_part * conv_transposed(quotient, w_part, stride, padding, x.shape)
+        for x_part, w_part in parts
+    )
 
 
 def maxpool(x, kernel, stride):
@@ -237,7 +313,9 @@ def encoder_forward(layers, image):
         if kind == "conv":
             weight, bias, stride, padding = settings
             y = conv(values[-1], np.asarray(weight, dtype=np.float64), stride, padding)
-            values.append(y if bias is None else y + np.asarray(bias, dtype=np.float64)[:, None, None])
+            values.append(
+                y if bias is None else y + np.asarray(bias, dtype=np.float64)[:, None, None]
+            )
         elif kind == "relu":
             values.append(np.maximum(values[-1], 0))
         elif kind == "maxpool":

@@ -9,10 +9,25 @@ E embedding, H hidden, V vocabulary, N heads. Use it from a test: `from oracle_m
 import math
 
 import numpy as np
-
 import oracle_lrp
-from oracle_lrp import (attend, context_lrp, conv, conv_lrp, image_lrp, in_float64, linear, lstm_lrp, lstm_step,
-                        maxpool, maxpool_lrp, ratio, share, sigmoid, softmax, windows)
+from oracle_lrp import (
+    attend,
+    context_lrp,
+    conv,
+    conv_lrp,
+    image_lrp,
+    in_float64,
+    linear,
+    lstm_lrp,
+    lstm_step,
+    maxpool,
+    maxpool_lrp,
+    ratio,
+    share,
+    sigmoid,
+    softmax,
+    windows,
+)
 
 
 def as_cell(params):
@@ -39,7 +54,7 @@ def put_back(values, mask, axis):
     if mask is None:
         return values
     mask = np.asarray(mask)
-    full = np.zeros((*values.shape[:axis], len(mask), *values.shape[axis + 1:]))
+    full = np.zeros((*values.shape[:axis], len(mask), *values.shape[axis + 1 :]))
     full[(slice(None),) * axis + (mask,)] = values
     return full
 
@@ -55,7 +70,9 @@ def gridtd_forward(params, features, tokens, *, mask=None):
 
 def gridtd_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
     """`oracle_lrp.gridtd_lrp` of the real regions (mask (L,) as above); padded ones get relevance 0."""
-    R_a, R_word, scores = oracle_lrp.gridtd_lrp(params, real_regions(features, mask), tokens, targets, epsilon)
+    R_a, R_word, scores = oracle_lrp.gridtd_lrp(
+        params, real_regions(features, mask), tokens, targets, epsilon
+    )
     return put_back(R_a, mask, 1), R_word, scores
 
 
@@ -75,7 +92,9 @@ def lstm_words_lrp(params, cells, R_h, R_c, epsilon):
     E = params["embedding.weight"].shape[1]
     R_v_g, R_word = 0, np.zeros(len(cells))
     for t in reversed(range(len(cells))):
-        R_x, R_h, R_c = lstm_lrp(params, "lstm", cells[t], R_c + R_h, epsilon)  # h to its cell in full, added
+        R_x, R_h, R_c = lstm_lrp(
+            params, "lstm", cells[t], R_c + R_h, epsilon
+        )  # h to its cell in full, added
         R_word[t] = R_x[:E].sum()
         R_v_g = R_v_g + R_x[E:]
     return R_v_g, R_word
@@ -86,7 +105,9 @@ def output_lrp(params, step, target, context, epsilon):
     logits = step["logits"]
     R_logits = np.where(np.arange(len(logits)) == target, logits, 0)
     R_z = linear(R_logits, step["z"], params["fc.weight"], logits, epsilon)
-    return share(R_z, step[context], step["z"], epsilon), share(R_z, step["lstm"]["h"], step["z"], epsilon)
+    return share(R_z, step[context], step["z"], epsilon), share(
+        R_z, step["lstm"]["h"], step["z"], epsilon
+    )
 
 
 def stacked(steps, *names):
@@ -100,17 +121,27 @@ def all_words(params, forward, targets, word_lrp, epsilon):
     R_a, R_word, scores = np.zeros((T, *forward["a"].shape)), np.zeros((T, T)), np.zeros(T)
     for t, target in enumerate(targets):
         scores[t] = forward["logits"][t, int(target)]
-        R_a[t], R_word[t, :t + 1] = word_lrp(params, forward, t, int(target), epsilon)
+        R_a[t], R_word[t, : t + 1] = word_lrp(params, forward, t, int(target), epsilon)
     return R_a, R_word, scores
 
 
 def adaptive_step(params, v, cell):
     """What follows the LSTM in one step of the adaptive captioner: s, what `attend` returns, z and logits."""
-    gate = sigmoid(affine(params, "sentinel_input", cell["x"]) + affine(params, "sentinel_hidden", cell["h_previous"]))
+    gate = sigmoid(
+        affine(params, "sentinel_input", cell["x"])
+        + affine(params, "sentinel_hidden", cell["h_previous"])
+    )
     s = gate * np.tanh(cell["c"])
     attention = attend(params, v, cell["h"], s)
     z = attention["c_hat"] + cell["h"]
-    return {"lstm": cell, "sentinel_gate": gate, "s": s, **attention, "z": z, "logits": affine(params, "fc", z)}
+    return {
+        "lstm": cell,
+        "sentinel_gate": gate,
+        "s": s,
+        **attention,
+        "z": z,
+        "logits": affine(params, "fc", z),
+    }
 
 
 def adaptive_forward(params, features, tokens, *, mask=None):
@@ -122,11 +153,22 @@ def adaptive_forward(params, features, tokens, *, mask=None):
     """
     params, a = as_cell(params), real_regions(features, mask)
     mean = a.mean(axis=0)
-    v_before, v_g_before = affine(params, "image_projection", a), affine(params, "global_projection", mean)
+    v_before, v_g_before = (
+        affine(params, "image_projection", a),
+        affine(params, "global_projection", mean),
+    )
     v, v_g = np.maximum(v_before, 0), np.maximum(v_g_before, 0)
     steps = [adaptive_step(params, v, cell) for cell in lstm_words(params, v_g, tokens)]
-    forward = {"a": a, "mean": mean, "v_before": v_before, "v": v, "v_g_before": v_g_before, "v_g": v_g,
-               "steps": steps, **stacked(steps, "logits", "alpha", "beta")}
+    forward = {
+        "a": a,
+        "mean": mean,
+        "v_before": v_before,
+        "v": v,
+        "v_g_before": v_g_before,
+        "v_g": v_g,
+        "steps": steps,
+        **stacked(steps, "logits", "alpha", "beta"),
+    }
     return {**forward, "alpha": put_back(forward["alpha"], mask, 1)}
 
 
@@ -135,8 +177,10 @@ def adaptive_word_lrp(params, forward, last, target, epsilon):
     step = forward["steps"][last]
     R_c_hat, R_h = output_lrp(params, step, target, "c_hat", epsilon)
     R_s, R_v = context_lrp(forward["v"], step, R_c_hat, epsilon)
-    cells = [step["lstm"] for step in forward["steps"][:last + 1]]
-    R_v_g, R_word = lstm_words_lrp(params, cells, R_h, R_s, epsilon)  # the sentinel's goes to its cell c_t in full
+    cells = [step["lstm"] for step in forward["steps"][: last + 1]]
+    R_v_g, R_word = lstm_words_lrp(
+        params, cells, R_h, R_s, epsilon
+    )  # the sentinel's goes to its cell c_t in full
     return image_lrp(params, forward, R_v, R_v_g, epsilon), R_word
 
 
@@ -154,7 +198,9 @@ def adaptive_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
 def attend_heads(query, keys, values, heads):
     """Each head looks with its own H/N dimensions: query (H,), keys and values (L,H) -> alpha (N,L), context (H,)."""
     alpha, context = [], []
-    for q, k, value in zip(np.split(query, heads), np.split(keys, heads, axis=1), np.split(values, heads, axis=1)):
+    for q, k, value in zip(
+        np.split(query, heads), np.split(keys, heads, axis=1), np.split(values, heads, axis=1)
+    ):
         alpha.append(softmax(k @ q / np.sqrt(len(q))))
         context.append(sum(alpha[-1][p] * value_p for p, value_p in enumerate(value)))
     return np.stack(alpha), np.concatenate(context)
@@ -167,8 +213,15 @@ def aoa_step(params, keys, values, cell, heads):
     c_before = affine(params, "context_projection", ctx)
     c = sigmoid(affine(params, "context_gate", cell["h"])) * c_before
     z = c + cell["h"]
-    return {"lstm": cell, "alpha": alpha, "ctx": ctx, "c_before": c_before, "c": c, "z": z,
-            "logits": affine(params, "fc", z)}
+    return {
+        "lstm": cell,
+        "alpha": alpha,
+        "ctx": ctx,
+        "c_before": c_before,
+        "c": c,
+        "z": z,
+        "logits": affine(params, "fc", z),
+    }
 
 
 def aoa_forward(params, features, tokens, *, heads, mask=None):
@@ -182,9 +235,18 @@ def aoa_forward(params, features, tokens, *, heads, mask=None):
     v_before = affine(params, "image_projection", a)
     v = np.maximum(v_before, 0)
     v_g, keys, values = v.mean(axis=0), affine(params, "key", v), affine(params, "value", v)
-    steps = [aoa_step(params, keys, values, cell, heads) for cell in lstm_words(params, v_g, tokens)]
-    forward = {"a": a, "v_before": v_before, "v": v, "v_g": v_g, "value": values, "steps": steps,
-               **stacked(steps, "logits", "alpha")}
+    steps = [
+        aoa_step(params, keys, values, cell, heads) for cell in lstm_words(params, v_g, tokens)
+    ]
+    forward = {
+        "a": a,
+        "v_before": v_before,
+        "v": v,
+        "v_g": v_g,
+        "value": values,
+        "steps": steps,
+        **stacked(steps, "logits", "alpha"),
+    }
     return {**forward, "alpha": put_back(forward["alpha"], mask, 2)}
 
 
@@ -192,7 +254,9 @@ def heads_lrp(step, values, R_ctx, epsilon):
     """R(ctx) (H,), the sum of alpha value of all heads -> R(values) (L,H)."""
     R_values = np.zeros_like(values)
     for p, value in enumerate(values):
-        alpha = np.repeat(step["alpha"][:, p], len(value) // len(step["alpha"]))  # a head's weight at its dimensions
+        alpha = np.repeat(
+            step["alpha"][:, p], len(value) // len(step["alpha"])
+        )  # a head's weight at its dimensions
         R_values[p] = share(R_ctx, alpha * value, step["ctx"], epsilon)
     return R_values
 
@@ -213,7 +277,7 @@ def aoa_word_lrp(params, forward, last, target, epsilon):
     R_c, R_h = output_lrp(params, step, target, "c", epsilon)
     R_ctx = linear(R_c, step["ctx"], params["context_projection.weight"], step["c_before"], epsilon)
     R_values = heads_lrp(step, forward["value"], R_ctx, epsilon)
-    cells = [step["lstm"] for step in forward["steps"][:last + 1]]
+    cells = [step["lstm"] for step in forward["steps"][: last + 1]]
     R_v_g, R_word = lstm_words_lrp(params, cells, R_h, np.zeros_like(R_h), epsilon)
     return aoa_image_lrp(params, forward, R_values, R_v_g, epsilon), R_word
 
@@ -233,7 +297,9 @@ def pad_for_pool(x, kernel, stride, padding, ceil_mode, value):
     """x (C,H,W) with `value` around it. With ceil_mode also as much below and right as one more window needs, unless
     that window would start beyond the image (PyTorch's rule)."""
     widths = [(0, 0)]
-    for size, k, s, p in zip(x.shape[1:], *(np.broadcast_to(n, 2) for n in (kernel, stride, padding))):
+    for size, k, s, p in zip(
+        x.shape[1:], *(np.broadcast_to(n, 2) for n in (kernel, stride, padding))
+    ):
         last = (math.ceil if ceil_mode else math.floor)((size + 2 * p - k) / s)
         if last * s >= size + p:
             last -= 1
@@ -244,7 +310,7 @@ def pad_for_pool(x, kernel, stride, padding, ceil_mode, value):
 def unpad(x, padding, shape):
     """The (C,H,W) = shape inside a padded array."""
     ph, pw = np.broadcast_to(padding, 2)
-    return x[:, ph:ph + shape[1], pw:pw + shape[2]]
+    return x[:, ph : ph + shape[1], pw : pw + shape[2]]
 
 
 def padded_maxpool_lrp(x, R, kernel, stride, padding=0, ceil_mode=False):
@@ -256,13 +322,17 @@ def padded_maxpool_lrp(x, R, kernel, stride, padding=0, ceil_mode=False):
 def avgpool(x, kernel, stride, padding):
     """Mean over windows of x (C,H,W), zeros of the padding counted as elements."""
     padded = pad_for_pool(x, kernel, stride, padding, False, 0)
-    return sum(padded[at] for _, _, at in windows(padded.shape, kernel, stride)) / np.prod(np.broadcast_to(kernel, 2))
+    return sum(padded[at] for _, _, at in windows(padded.shape, kernel, stride)) / np.prod(
+        np.broadcast_to(kernel, 2)
+    )
 
 
 def avgpool_lrp(x, R, kernel, stride, padding):
     """R is shared in proportion to the inputs of each window, no epsilon; it ends where the mean is 0."""
     padded = pad_for_pool(x, kernel, stride, padding, False, 0)
-    quotient = ratio(R, avgpool(x, kernel, stride, padding) * np.prod(np.broadcast_to(kernel, 2)), 0)
+    quotient = ratio(
+        R, avgpool(x, kernel, stride, padding) * np.prod(np.broadcast_to(kernel, 2)), 0
+    )
     R_padded = np.zeros_like(padded)
     for _, _, at in windows(padded.shape, kernel, stride):
         R_padded[at] += padded[at] * quotient
@@ -289,7 +359,9 @@ def graph_forward(node, x):
         case ("maxpool", kernel, stride):
             return maxpool(x, kernel, stride)
         case ("maxpool", kernel, stride, padding, ceil_mode):
-            return maxpool(pad_for_pool(x, kernel, stride, padding, ceil_mode, -np.inf), kernel, stride)
+            return maxpool(
+                pad_for_pool(x, kernel, stride, padding, ceil_mode, -np.inf), kernel, stride
+            )
         case ("avgpool", kernel, stride, padding):
             return avgpool(x, kernel, stride, padding)
     raise ValueError(f"unknown node {node[0]!r} with {len(node) - 1} settings")
@@ -308,7 +380,10 @@ def sequence_lrp(nodes, x, R, epsilon):
 def concat_lrp(branches, x, R, epsilon):
     """Every branch takes back the channels that it made; at their common input they add."""
     ends = np.cumsum([len(graph_forward(branch, x)) for branch in branches])
-    return sum(graph_lrp(branch, x, part, epsilon) for branch, part in zip(branches, np.split(R, ends[:-1])))
+    return sum(
+        graph_lrp(branch, x, part, epsilon)
+        for branch, part in zip(branches, np.split(R, ends[:-1]))
+    )
 
 
 def residual_lrp(main, shortcut, x, R, epsilon):

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-
 from agreement import CAPTION, ENCODERS, MODELS, ROOT, lrp_disagreement
-from captiondata import image_transform, load_image
+from helpers import random_captioner
+
 from captioner import load_captioner
-from test_lrp_utils import random_captioner
+from images import image_transform, load_image
 
 SIZES = {"vgg16": 48, "resnet101": 64, "inception_v3": 107}  # smaller than life, for speed
-PAIRS = [("gridtd", encoder) for encoder in ENCODERS] + [(model, "squeezenet1_1") for model in MODELS if model != "gridtd"]
+PAIRS = [("gridtd", encoder) for encoder in ENCODERS] + [
+    (model, "squeezenet1_1") for model in MODELS if model != "gridtd"
+]
 
 
 @pytest.mark.parametrize("model_type, encoder", PAIRS)
@@ -24,6 +26,8 @@ def test_lrp_of_trained_weights_equals_the_oracles():
     captioner = load_captioner(ROOT / "checkpoints/scenes-gridtd.pt").double()
     torch.manual_seed(0)
     image = image_transform(128)(load_image(ROOT / "data/demo/lamb.jpg")).double()
-    image += 1e-3 * torch.randn_like(image)  # equal pixels of a flat drawing would tie in a max-pool, and rounding decide who wins
+    image += 1e-3 * torch.randn_like(
+        image
+    )  # equal pixels of a flat drawing would tie in a max-pool, and rounding decide who wins
     ids = captioner.vocabulary.encode(captioner.caption(image[None])[0])
     assert len(ids) > 3 and max(lrp_disagreement(captioner, image, ids).values()) < 1e-7

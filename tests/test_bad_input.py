@@ -13,6 +13,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from fixtures import (
+    REPOSITORY,
+    WRITERS,
+    command,
+    edit,
+    flickr_file,
+    refused,
+    write_coco2017,
+    write_flickr,
+)
 from PIL import Image
 
 import preparedataset
@@ -20,12 +30,28 @@ import train
 from captiondata import CaptionDataset, features_path
 from commandline import UserError, run
 from encoder import build_encoder
-from fixtures import REPOSITORY, WRITERS, command, edit, flickr_file, refused, write_coco2017, write_flickr
 
 CAPTIONS, INSTANCES = (f"annotations/{kind}_train2017.json" for kind in ("captions", "instances"))
-PHOTO, ANNOTATION, SENTENCES = "images/1001_ab1.jpg", "Flickr30kEntities/Annotations/1001.xml", "Flickr30kEntities/Sentences/1001.txt"
+PHOTO, ANNOTATION, SENTENCES = (
+    "images/1001_ab1.jpg",
+    "Flickr30kEntities/Annotations/1001.xml",
+    "Flickr30kEntities/Sentences/1001.txt",
+)
 KARPATHY = "dataset_flickr8k.json"
-SMALL = ["--encoder", "scenes_vgg", "--embed_dim", 8, "--hidden_dim", 8, "--epochs", 1, "--pretrain_epochs", 0, "--workers", 0]
+SMALL = [
+    "--encoder",
+    "scenes_vgg",
+    "--embed_dim",
+    8,
+    "--hidden_dim",
+    8,
+    "--epochs",
+    1,
+    "--pretrain_epochs",
+    0,
+    "--workers",
+    0,
+]
 
 
 def removed(name):
@@ -45,7 +71,9 @@ def copied(name, over):
 
 
 def written(name, content):
-    return lambda root: (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return lambda root: (root / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
 
 
 def cut(name, end=300):
@@ -73,6 +101,7 @@ def doubled(name):
 
 def packed(kind, *folders):
     """Folders that are still in an archive beside their place; without any, the root itself."""
+
     def damage(root):
         for folder in [root / name for name in folders] or [root]:
             shutil.make_archive(folder, kind, folder)
@@ -95,7 +124,14 @@ def in_place_of_image(root):
 
 
 def without_words(root):
-    edit(root / KARPATHY, lambda data: [sentence.update(raw=" . ") for image in data["images"] for sentence in image["sentences"]])
+    edit(
+        root / KARPATHY,
+        lambda data: [
+            sentence.update(raw=" . ")
+            for image in data["images"]
+            for sentence in image["sentences"]
+        ],
+    )
 
 
 def regions(root, features=(4, 2048), value=1.0, boxes=(4, 4)):
@@ -104,7 +140,10 @@ def regions(root, features=(4, 2048), value=1.0, boxes=(4, 4)):
         path = root.parent / "regions" / split / f"{flickr_file('flickr8k', k)}.hdf5"
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(path, "w") as file:
-            file["image_features"], file["image_boxes"] = np.full(features, value, np.float32), np.zeros(boxes, np.float32)
+            file["image_features"], file["image_boxes"] = (
+                np.full(features, value, np.float32),
+                np.zeros(boxes, np.float32),
+            )
 
 
 def missing_regions(root):
@@ -250,13 +289,20 @@ def test_bad_raw_dataset(name, damage, flags, message, place, monkeypatch, capsy
     damage(Path("raw"))
     before = tree(place)
     for output in ("new", "earlier"):
-        given = ["--root", "raw", "--output", output, *flags] if flags is not None else ["--output", output]
-        assert re.search(message, refused(preparedataset, ["--dataset", name, *given], monkeypatch, capsys))
+        given = (
+            ["--root", "raw", "--output", output, *flags]
+            if flags is not None
+            else ["--output", output]
+        )
+        assert re.search(
+            message, refused(preparedataset, ["--dataset", name, *given], monkeypatch, capsys)
+        )
         assert tree(place) == before
 
 
 def cached(damage=whole):
     """Features of the prepared dataset, and what is then done to them."""
+
     def make(folder):
         torch.manual_seed(0xBAD)
         preparedataset.cache_features(folder, build_encoder("scenes_vgg", "random"), workers=0)
@@ -341,11 +387,25 @@ def test_bad_prepared_dataset(damage, flags, message, place, monkeypatch, capsys
     (lambda root: regions(root, boxes=(3, 4)), BOTTOM_UP, "expected 1 to 36 regions .* and boxes .3, 4."),
     (lambda root: regions(root, value=np.nan), BOTTOM_UP, "hdf5 holds numbers that are not finite; extract its features again"),
 ], ids=["image truncated", "regions of another network", "regions a number", "regions without boxes", "regions not finite"])  # fmt: skip
-def test_what_is_wrong_with_pixels_leaves_a_whole_dataset_and_an_unfinished_cache(damage, flags, message, place, monkeypatch, capfd):
+def test_what_is_wrong_with_pixels_leaves_a_whole_dataset_and_an_unfinished_cache(
+    damage, flags, message, place, monkeypatch, capfd
+):
     """They are read last, for that takes longest; the cache goes on from there once they are mended."""
     write_flickr(Path("raw"))
     damage(Path("raw"))
-    command(monkeypatch, preparedataset, "--dataset", "flickr8k", "--root", "raw", "--output", "new", "--workers", 0, *flags)
+    command(
+        monkeypatch,
+        preparedataset,
+        "--dataset",
+        "flickr8k",
+        "--root",
+        "raw",
+        "--output",
+        "new",
+        "--workers",
+        0,
+        *flags,
+    )
     with pytest.raises(SystemExit) as caught:
         run(preparedataset.main)
     *_, last = capfd.readouterr().err.removesuffix("\n").split("\n")
@@ -365,7 +425,12 @@ def test_bad_input_of_a_real_process(arguments, message, place):
     cut(KARPATHY)(Path("raw"))
     written(TRAIN, "[]")(Path("prepared"))
     before = tree(place)
-    done = subprocess.run([sys.executable, REPOSITORY / arguments[0], *arguments[1:]], cwd=place, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / arguments[0], *arguments[1:]],
+        cwd=place,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"{arguments[0]}: error: ") and message in done.stderr
     assert tree(place) == before
@@ -389,7 +454,12 @@ def test_a_full_disk(size, place, monkeypatch, capsys):
     before = tree(place)
     for output in ("new", "earlier"):
         with room(size):
-            message = refused(preparedataset, ["--dataset", "flickr8k", "--root", "raw", "--output", output], monkeypatch, capsys)
+            message = refused(
+                preparedataset,
+                ["--dataset", "flickr8k", "--root", "raw", "--output", output],
+                monkeypatch,
+                capsys,
+            )
         assert "File too large" in message
         assert tree(place) == before
 

@@ -6,6 +6,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from fixtures import prepared_scenes
+from helpers import random_captioner, relative_difference
+from oracle_models import adaptive_lrp, aoa_lrp, gridtd_lrp
 from PIL import Image
 
 import explain
@@ -15,9 +18,6 @@ from captiondata import CaptionDataset, load_regions
 from captioner import METHODS, load_captioner
 from commandline import UserError
 from explain import paint_boxes
-from fixtures import prepared_scenes
-from oracle_models import adaptive_lrp, aoa_lrp, gridtd_lrp
-from test_lrp_utils import random_captioner, relative_difference
 
 ORACLES = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
 
@@ -40,13 +40,28 @@ def test_lrp_of_padded_regions_equals_the_oracle_without_them(model_type):
     captions = [[3, 7, 12], [9, 1]]
     parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
     heads = {"heads": 4} if model_type == "aoa" else {}
-    for row, ours, ids in zip(features, captioner.explain(features, [captioner.vocabulary.decode(ids) for ids in captions]), captions):
+    for row, ours, ids in zip(
+        features,
+        captioner.explain(features, [captioner.vocabulary.decode(ids) for ids in captions]),
+        captions,
+    ):
         mask = row.numpy().any(axis=1)
-        regions, words, scores = ORACLES[model_type](parameters, row.numpy(), [captioner.vocabulary.start, *ids[:-1]], ids, mask=mask, **heads)
+        regions, words, scores = ORACLES[model_type](
+            parameters,
+            row.numpy(),
+            [captioner.vocabulary.start, *ids[:-1]],
+            ids,
+            mask=mask,
+            **heads,
+        )
         assert relative_difference(ours.scores, scores) < 1e-9
         assert relative_difference(ours.region_relevance, regions.sum(-1)) < 1e-9
         assert relative_difference(ours.word_relevance, words) < 1e-9
-        assert ours.image_relevance is None and not ours.region_relevance[:, ~mask].any() and not ours.attention[..., ~mask].any()
+        assert (
+            ours.image_relevance is None
+            and not ours.region_relevance[:, ~mask].any()
+            and not ours.attention[..., ~mask].any()
+        )
 
 
 @pytest.mark.parametrize("model_type", ORACLES)
@@ -60,9 +75,15 @@ def test_padding_changes_no_explanation_and_no_caption(model_type):
             with pytest.raises(UserError, match="bottom-up features come without them"):
                 captioner.explain(features, [["w1", "w2"]], method)
             continue
-        plain, more = (captioner.explain(given, [["w1", "w2"]], method)[0] for given in (features, padded))
+        plain, more = (
+            captioner.explain(given, [["w1", "w2"]], method)[0] for given in (features, padded)
+        )
         torch.testing.assert_close(more.word_relevance, plain.word_relevance)
-        if method in ("lrp", "attention", "input_x_gradient"):  # a gradient may well be there where no feature is
+        if method in (
+            "lrp",
+            "attention",
+            "input_x_gradient",
+        ):  # a gradient may well be there where no feature is
             torch.testing.assert_close(more.region_relevance[:, :20], plain.region_relevance)
 
 
@@ -80,10 +101,34 @@ def test_from_files_to_an_explained_photograph(tmp_path, monkeypatch, capsys):
     preparedataset.cache_features(folder, encoder, workers=0, regions=regions)
     row, _, _ = CaptionDataset(folder, "train", features="bottom_up")[0]
     assert row.shape == (36, 2048) and row[:10].any() and not row[10:].any()
-    small = ["--encoder", "bottom_up", "--embed_dim", 8, "--hidden_dim", 16, "--workers", 0, "--epochs", 1, "--pretrain_epochs", 0]
+    small = [
+        "--encoder",
+        "bottom_up",
+        "--embed_dim",
+        8,
+        "--hidden_dim",
+        16,
+        "--workers",
+        0,
+        "--epochs",
+        1,
+        "--pretrain_epochs",
+        0,
+    ]
     command(train, "--dataset", folder, *small, "--output", tmp_path / "it.pt")
     photograph, given = folder / dataset.entries[0]["file"], next((regions / "test").iterdir())
-    command(explain, photograph, "--checkpoint", tmp_path / "it.pt", "--caption", "there is a", "--regions", given, "--output", tmp_path / "out")
+    command(
+        explain,
+        photograph,
+        "--checkpoint",
+        tmp_path / "it.pt",
+        "--caption",
+        "there is a",
+        "--regions",
+        given,
+        "--output",
+        tmp_path / "out",
+    )
     maps = np.load(next((tmp_path / "out").glob("*.npz")))
     assert maps["image_relevance"].shape == (3, 128, 128)
     assert Image.open(next((tmp_path / "out").glob("*.png"))).size[0] > 300
@@ -99,12 +144,19 @@ def test_files_that_hold_no_regions_are_named(tmp_path):
     with h5py.File(tmp_path / "other.hdf5", "w") as file:
         file["something"] = [1]
     write_regions(tmp_path / "many.hdf5", 40)
-    for name, message in (("missing", "there is no file"), ("text", "does not hold"), ("other", "does not hold"), ("many", "expected 1 to 36 regions")):
+    for name, message in (
+        ("missing", "there is no file"),
+        ("text", "does not hold"),
+        ("other", "does not hold"),
+        ("many", "expected 1 to 36 regions"),
+    ):
         with pytest.raises(UserError, match=message):
             load_regions(tmp_path / f"{name}.hdf5")
 
 
 def test_boxes_are_painted_evenly_and_add_up():
-    maps = paint_boxes(torch.tensor([[4.0, -2.0, 9.0]]), torch.tensor([[0, 0, 2, 2], [1, 1, 2, 3]]), (3, 4))
+    maps = paint_boxes(
+        torch.tensor([[4.0, -2.0, 9.0]]), torch.tensor([[0, 0, 2, 2], [1, 1, 2, 3]]), (3, 4)
+    )
     assert maps[0].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, -1, 0, 0]]
     assert maps.sum() == 2  # the third region is padding

@@ -10,9 +10,11 @@ from nltk.corpus import stopwords
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from captiondata import STOP_WORDS, CaptionDataset, Vocabulary, files_hash, image_transform, load_image, tokenize
+from captiondata import CaptionDataset, files_hash
 from commandline import UserError, write_json
 from featurecache import features_path, lay_out, versions_of, write_rows
+from images import image_transform, load_image
+from vocabulary import STOP_WORDS, Vocabulary, tokenize
 
 RED = (255, 0, 0)
 
@@ -24,11 +26,29 @@ def prepared(folder, n=4, side=12):
     for k in range(n):
         Image.new("RGB", (side, side), (40 * k,) * 3).save(folder / "images" / f"{k}.png")
         captions = [f"caption {c} of {k}" for c in range(5)]
-        entries.append({"image_id": k, "file": f"{k}.png", "width": side, "height": side, "captions": captions,
-                        "encoded": [[1], [1, 2], [2], [2, 1, 1], [1]], "objects": []})
+        entries.append(
+            {
+                "image_id": k,
+                "file": f"{k}.png",
+                "width": side,
+                "height": side,
+                "captions": captions,
+                "encoded": [[1], [1, 2], [2], [2, 1, 1], [1]],
+                "objects": [],
+            }
+        )
     Vocabulary(["<pad>", "a", "dog", "<unk>", "<start>", "<end>"]).save(folder / "vocabulary.json")
     write_json(folder / "train.json", entries)
-    write_json(folder / "info.json", {"name": "tiny", "images_root": "images", "max_length": 3, "splits": {"train": n}, "categories": {}})
+    write_json(
+        folder / "info.json",
+        {
+            "name": "tiny",
+            "images_root": "images",
+            "max_length": 3,
+            "splits": {"train": n},
+            "categories": {},
+        },
+    )
     return folder
 
 
@@ -36,7 +56,13 @@ def cache(folder, split="train", done=True, files=None, version=0, weights="abc"
     """A feature cache of 2 regions x 3 channels whose row k is filled with k + 10 version."""
     entries, path = CaptionDataset(folder, split).entries, features_path(folder, "tiny", version)
     path.unlink(missing_ok=True)
-    stamp = {"encoder": "tiny", "weights_hash": weights, "image_size": 8, "grid": (1, 2), "preprocessing": "none"}
+    stamp = {
+        "encoder": "tiny",
+        "weights_hash": weights,
+        "image_size": 8,
+        "grid": (1, 2),
+        "preprocessing": "none",
+    }
     lay_out(path, stamp, {split: (len(entries), files or files_hash(entries))}, (2, 3))
     if done:
         rows = (np.arange(len(entries)) + 10 * version)[:, None, None] * np.ones((1, 2, 3))
@@ -44,7 +70,15 @@ def cache(folder, split="train", done=True, files=None, version=0, weights="abc"
 
 
 def test_tokenize_lowers_and_splits_at_punctuation():
-    assert tokenize("A man's RED hat, well-worn.") == ["a", "man", "s", "red", "hat", "well", "worn"]
+    assert tokenize("A man's RED hat, well-worn.") == [
+        "a",
+        "man",
+        "s",
+        "red",
+        "hat",
+        "well",
+        "worn",
+    ]
     assert tokenize(" .!? ") == []
 
 
@@ -58,9 +92,17 @@ def test_stop_words_are_nltks():
 
 
 def test_vocabulary_keeps_first_seen_order_and_drops_rare_words():
-    vocabulary = Vocabulary.build([["the", "dog"], ["a", "dog", "the"], ["the", "cat"]], min_word_freq=2)
+    vocabulary = Vocabulary.build(
+        [["the", "dog"], ["a", "dog", "the"], ["the", "cat"]], min_word_freq=2
+    )
     assert vocabulary.words == ["<pad>", "the", "dog", "<unk>", "<start>", "<end>"]
-    assert (vocabulary.pad, vocabulary.unk, vocabulary.start, vocabulary.end, len(vocabulary)) == (0, 3, 4, 5, 6)
+    assert (vocabulary.pad, vocabulary.unk, vocabulary.start, vocabulary.end, len(vocabulary)) == (
+        0,
+        3,
+        4,
+        5,
+        6,
+    )
     assert "dog" in vocabulary and "cat" not in vocabulary
 
 
@@ -104,7 +146,11 @@ def test_load_image_palette_with_transparency_lies_on_white(tmp_path):
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "x.png", transparency=1)
     image = load_image(tmp_path / "x.png")
-    assert image.mode == "RGB" and image.getpixel((0, 0)) == RED and image.getpixel((1, 0)) == (255, 255, 255)
+    assert (
+        image.mode == "RGB"
+        and image.getpixel((0, 0)) == RED
+        and image.getpixel((1, 0)) == (255, 255, 255)
+    )
 
 
 def test_load_image_alpha_lies_on_white(tmp_path):
@@ -146,7 +192,9 @@ def test_image_transform_stretches_and_normalises():
     image.paste(RED, (0, 0, 10, 10))
     x = image_transform(8)(image)
     assert type(x) is torch.Tensor and x.shape == (3, 8, 8) and x.dtype == torch.float32
-    red = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    red = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
     torch.testing.assert_close(x[:, 4, 0], red, atol=1e-5, rtol=0)
 
 
@@ -154,7 +202,10 @@ def test_augmentation_mirrors_sometimes_and_only_if_asked():
     image = Image.new("RGB", (8, 8), "blue")
     image.paste(RED, (0, 0, 4, 8))
     torch.manual_seed(0)
-    left_is_red = [bool(x[0, 4, 0] > x[0, 4, 7]) for x in (image_transform(8, augment=True)(image) for _ in range(20))]
+    left_is_red = [
+        bool(x[0, 4, 0] > x[0, 4, 7])
+        for x in (image_transform(8, augment=True)(image) for _ in range(20))
+    ]
     assert any(left_is_red) and not all(left_is_red)
     assert torch.equal(image_transform(8)(image), image_transform(8)(image))
 
@@ -164,9 +215,17 @@ def test_items_of_images(tmp_path):
     x, captions, index = dataset[2]
     assert len(dataset) == 4 and index == 2 and x.shape == (3, 8, 8)
     assert captions.dtype == torch.long
-    assert captions.tolist() == [[4, 1, 5, 0, 0], [4, 1, 2, 5, 0], [4, 2, 5, 0, 0], [4, 2, 1, 1, 5], [4, 1, 5, 0, 0]]
+    assert captions.tolist() == [
+        [4, 1, 5, 0, 0],
+        [4, 1, 2, 5, 0],
+        [4, 2, 5, 0, 0],
+        [4, 2, 1, 1, 5],
+        [4, 1, 5, 0, 0],
+    ]
     assert dataset.image(2).getpixel((0, 0)) == (80, 80, 80)
-    assert CaptionDataset(tmp_path / "d", "train")[2][0].unique().tolist() == pytest.approx([80 / 255])
+    assert CaptionDataset(tmp_path / "d", "train")[2][0].unique().tolist() == pytest.approx(
+        [80 / 255]
+    )
     assert dataset.references()[3][0] == "caption 0 of 3" and dataset.info["name"] == "tiny"
 
 
@@ -174,7 +233,13 @@ def test_items_of_features_in_workers_and_after_pickling(tmp_path):
     cache(prepared(tmp_path / "d"))
     dataset = CaptionDataset(tmp_path / "d", "train", features="tiny")
     assert dataset[3][0].tolist() == [[3.0] * 3] * 2 and dataset[3][0].dtype == torch.float16
-    assert dataset.features_attributes == {"encoder": "tiny", "weights_hash": "abc", "image_size": 8, "grid": [1, 2], "preprocessing": "none"}
+    assert dataset.features_attributes == {
+        "encoder": "tiny",
+        "weights_hash": "abc",
+        "image_size": 8,
+        "grid": [1, 2],
+        "preprocessing": "none",
+    }
     again = pickle.loads(pickle.dumps(dataset))  # although its file is open
     assert again[1][0].tolist() == [[1.0] * 3] * 2
     rows = torch.cat([x for x, _, _ in DataLoader(dataset, 2, num_workers=2)])
@@ -190,10 +255,18 @@ def test_augmented_versions_take_turns(tmp_path):
     seen = []
     for dataset.epoch in range(3):
         seen.append([dataset[index][0][0, 0].item() for index in range(4)])
-    assert [sorted(column) for column in zip(*seen)] == [[0, 10, 20], [1, 11, 21], [2, 12, 22], [3, 13, 23]]
+    assert [sorted(column) for column in zip(*seen)] == [
+        [0, 10, 20],
+        [1, 11, 21],
+        [2, 12, 22],
+        [3, 13, 23],
+    ]
     assert seen[0] == [0, 11, 22, 3]  # not all images by the same version at once
     cache(folder, version=2, weights="others")
-    with pytest.raises(UserError, match="augmented2.h5 was made with other weights than .*features-tiny.h5; delete it"):
+    with pytest.raises(
+        UserError,
+        match="augmented2.h5 was made with other weights than .*features-tiny.h5; delete it",
+    ):
         CaptionDataset(folder, "train", features="tiny", versions=2)
 
 
@@ -221,7 +294,9 @@ def test_a_damaged_row_is_named(tmp_path):
         file["train"][2, 0, 0] = 7
     dataset = CaptionDataset(folder, "train", features="tiny")
     assert dataset[1][0].tolist() == [[1.0] * 3] * 2
-    with pytest.raises(UserError, match="features-tiny.h5 is damaged at image 2 of split 'train'; delete it"):
+    with pytest.raises(
+        UserError, match="features-tiny.h5 is damaged at image 2 of split 'train'; delete it"
+    ):
         dataset[2]
     with pytest.raises(UserError, match="damaged at image 2"):
         dataset.load(torch.device("cpu"))
@@ -229,7 +304,9 @@ def test_a_damaged_row_is_named(tmp_path):
 
 def test_unusable_caches_are_refused(tmp_path):
     folder = prepared(tmp_path / "d")
-    with pytest.raises(UserError, match="there is no .*features-tiny.h5; run preparedataset.py --features tiny"):
+    with pytest.raises(
+        UserError, match="there is no .*features-tiny.h5; run preparedataset.py --features tiny"
+    ):
         CaptionDataset(folder, "train", features="tiny")
     cache(folder, done=False)
     with pytest.raises(UserError, match="incomplete for split 'train'"):

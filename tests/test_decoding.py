@@ -8,17 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import random_captioner
 from scipy.stats import chisquare
 
 import decoding
-from captiondata import image_transform, load_image
 from captioner import load_captioner
 from commandline import UserError
 from decoding import (
-    DECODERS, add_decoding_flags, beam_search, decoding_options, diverse_beam_search, draw, greedy, keep_nucleus, keep_top_k, reorder,
-    strip_bad_endings, strip_repeats
+    DECODERS,
+    add_decoding_flags,
+    beam_search,
+    decoding_options,
+    diverse_beam_search,
+    draw,
+    greedy,
+    keep_nucleus,
+    keep_top_k,
+    reorder,
+    strip_bad_endings,
+    strip_repeats,
 )  # fmt: skip
-from test_lrp_utils import random_captioner
+from images import image_transform, load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWS = 20_000
@@ -34,7 +44,16 @@ def captioner():
 
 @pytest.fixture(scope="module")
 def features(captioner):
-    return torch.randn(5, 9, captioner.encoder.out_channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0xF00D)) * 3
+    return (
+        torch.randn(
+            5,
+            9,
+            captioner.encoder.out_channels,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(0xF00D),
+        )
+        * 3
+    )
 
 
 @torch.no_grad()
@@ -50,7 +69,10 @@ def next_log_probabilities(captioner, features, words):
 
 def log_probability(captioner, features, words):
     """The log-probability of a sequence of word ids after `<start>`."""
-    return sum(next_log_probabilities(captioner, features, words[:t])[word].item() for t, word in enumerate(words))
+    return sum(
+        next_log_probabilities(captioner, features, words[:t])[word].item()
+        for t, word in enumerate(words)
+    )
 
 
 def slow_diverse_beam(captioner, features, max_length, beam_size, groups, diversity):
@@ -73,8 +95,13 @@ def slow_diverse_beam(captioner, features, max_length, beam_size, groups, divers
             finished[group] += [candidate for candidate in chosen if candidate[0][-1] == end]
             alive[group] = [candidate for candidate in chosen if candidate[0][-1] != end]
             said += [words[-1] for words, _ in chosen]
-    best = [max(done or left, key=lambda candidate: candidate[1]) for done, left in zip(finished, alive)]
-    return [[word for word in words if word != end] for words, _ in sorted(best, key=lambda candidate: -candidate[1])]
+    best = [
+        max(done or left, key=lambda candidate: candidate[1]) for done, left in zip(finished, alive)
+    ]
+    return [
+        [word for word in words if word != end]
+        for words, _ in sorted(best, key=lambda candidate: -candidate[1])
+    ]
 
 
 def test_beam_one_is_greedy(captioner, features):
@@ -87,7 +114,9 @@ def test_a_wide_beam_finds_the_best_finished_caption(captioner, features, normal
     end, words = captioner.vocabulary.end, range(1, 7)
 
     def rank(caption):
-        return log_probability(captioner, image, [*caption, end]) / (len(caption) + 1) ** normalisation
+        return (
+            log_probability(captioner, image, [*caption, end]) / (len(caption) + 1) ** normalisation
+        )
 
     for image in features[:2].split(1):
         captions = [list(start) for n in range(4) for start in itertools.product(words, repeat=n)]
@@ -101,35 +130,54 @@ def test_length_normalisation_prefers_longer_captions(captioner, features):
 
 
 def test_a_batch_is_decoded_as_its_images_one_by_one(captioner, features):
-    for options in ({"beam_size": 2}, {"beam_size": 3}, {"beam_size": 3, "length_normalisation": 0.7}):
+    for options in (
+        {"beam_size": 2},
+        {"beam_size": 3},
+        {"beam_size": 3, "length_normalisation": 0.7},
+    ):
         alone = [beam_search(captioner, image, 10, **options)[0] for image in features.split(1)]
         assert beam_search(captioner, features, 10, **options) == alone
         assert len({tuple(caption) for [caption] in alone}) > 1
     alone = [diverse_beam_search(captioner, image, 10, 2, 3, 0.7)[0] for image in features.split(1)]
     assert diverse_beam_search(captioner, features, 10, 2, 3, 0.7) == alone
-    assert greedy(captioner, features, 10) == [greedy(captioner, image, 10)[0] for image in features.split(1)]
+    assert greedy(captioner, features, 10) == [
+        greedy(captioner, image, 10)[0] for image in features.split(1)
+    ]
 
 
 def test_diverse_beam_equals_a_slow_one(captioner, features):
     for image in features[:3].split(1):
         for diversity in (0.3, 1.5):
-            assert diverse_beam_search(captioner, image, 6, 2, 3, diversity) == [slow_diverse_beam(captioner, image, 6, 2, 3, diversity)]
+            assert diverse_beam_search(captioner, image, 6, 2, 3, diversity) == [
+                slow_diverse_beam(captioner, image, 6, 2, 3, diversity)
+            ]
 
 
 def test_one_group_is_a_beam_search_and_several_without_diversity_agree(captioner, features):
     beam = beam_search(captioner, features, 10, 3)
     assert diverse_beam_search(captioner, features, 10, 3, 1, 0.5) == beam
-    assert diverse_beam_search(captioner, features, 10, 3, 2, 0.0) == [captions * 2 for captions in beam]
+    assert diverse_beam_search(captioner, features, 10, 3, 2, 0.0) == [
+        captions * 2 for captions in beam
+    ]
 
 
 def test_the_groups_of_a_trained_captioner_differ():
     captioner = load_captioner(ROOT / "checkpoints/scenes-gridtd.pt")
-    images = torch.stack([image_transform(128)(load_image(path)) for path in sorted((ROOT / "data/demo").glob("*.jpg"))])
+    images = torch.stack(
+        [
+            image_transform(128)(load_image(path))
+            for path in sorted((ROOT / "data/demo").glob("*.jpg"))
+        ]
+    )
     beam = captioner.caption(images)
     for diversity, different in ((0.0, 1), (0.5, 3)):
         found = captioner.caption(images, "diverse_beam", every=True, groups=3, diversity=diversity)
-        assert [len({tuple(words) for words in captions}) for captions in found] == [different] * len(images)
-        assert all(words in captions for words, captions in zip(beam, found))  # the first group is a plain beam search
+        assert [len({tuple(words) for words in captions}) for captions in found] == [
+            different
+        ] * len(images)
+        assert all(
+            words in captions for words, captions in zip(beam, found)
+        )  # the first group is a plain beam search
 
 
 def test_the_silent_tokens_are_never_said_and_the_length_is_kept(captioner, features):
@@ -139,7 +187,9 @@ def test_the_silent_tokens_are_never_said_and_the_length_is_kept(captioner, feat
         for captions in decoder(captioner, features, 7):
             for caption in captions:
                 assert len(caption) <= 7
-                assert not {vocabulary.pad, vocabulary.start, vocabulary.unk, vocabulary.end} & set(caption)
+                assert not {vocabulary.pad, vocabulary.start, vocabulary.unk, vocabulary.end} & set(
+                    caption
+                )
 
 
 @pytest.mark.parametrize("method, options", [
@@ -149,7 +199,9 @@ def test_the_silent_tokens_are_never_said_and_the_length_is_kept(captioner, feat
 def test_samples_follow_the_renormalised_probabilities(captioner, features, method, options):
     """First words of 20,000 captions against p computed by hand; the rest of the vocabulary is never drawn."""
     end = captioner.vocabulary.end
-    p = np.exp(next_log_probabilities(captioner, features[:1], []).numpy()) ** (1 / options.get("temperature", 1.0))
+    p = np.exp(next_log_probabilities(captioner, features[:1], []).numpy()) ** (
+        1 / options.get("temperature", 1.0)
+    )
     p /= p.sum()
     order = np.argsort(-p)
     kept = len(p)
@@ -212,8 +264,15 @@ def test_a_captioner_takes_every_decoder_with_its_options(captioner):
         torch.manual_seed(3)
         first = captioner.caption(images, method, max_length=6)
         torch.manual_seed(3)
-        assert first == [found[0] for found in captioner.caption(images, method, max_length=6, every=True)]
-    for method, options in (("best", {}), ("greedy", {"top_p": 0.5}), ("nucleus", {"top_p": 0.0}), ("beam", {"beam_size": 0})):
+        assert first == [
+            found[0] for found in captioner.caption(images, method, max_length=6, every=True)
+        ]
+    for method, options in (
+        ("best", {}),
+        ("greedy", {"top_p": 0.5}),
+        ("nucleus", {"top_p": 0.0}),
+        ("beam", {"beam_size": 0}),
+    ):
         with pytest.raises(UserError):
             captioner.caption(images, method, **options)
 
@@ -222,17 +281,38 @@ def test_the_flags_become_options(captioner):
     parser = argparse.ArgumentParser()
     add_decoding_flags(parser)
     assert decoding_options(parser.parse_args([])) == {"method": "beam"}
-    args = parser.parse_args("--decoding nucleus --top_p 0.8 --max_length 9 --strip repeats".split())
-    assert decoding_options(args) == {"method": "nucleus", "top_p": 0.8, "max_length": 9, "strip": ["repeats"]}
+    args = parser.parse_args(
+        "--decoding nucleus --top_p 0.8 --max_length 9 --strip repeats".split()
+    )
+    assert decoding_options(args) == {
+        "method": "nucleus",
+        "top_p": 0.8,
+        "max_length": 9,
+        "strip": ["repeats"],
+    }
     assert "nucleus" in parser.format_help() and "default: 0.9" in parser.format_help()
-    for wrong in ("--decoding greedy --beam_size 3", "--beam_size 0", "--max_length 0", "--top_p 0.5", "--decoding gumbel --temperature 0"):
+    for wrong in (
+        "--decoding greedy --beam_size 3",
+        "--beam_size 0",
+        "--max_length 0",
+        "--top_p 0.5",
+        "--decoding gumbel --temperature 0",
+    ):
         with pytest.raises(UserError):
             decoding_options(parser.parse_args(wrong.split()))
 
 
 def test_reorder_and_of_rows_index_every_tensor():
     sequences = torch.arange(12).reshape(2, 3, 2)
-    assert reorder(sequences, torch.tensor([[2, 2, 0], [1, 0, 1]]))[1].tolist() == [[8, 9], [6, 7], [8, 9]]
+    assert reorder(sequences, torch.tensor([[2, 2, 0], [1, 0, 1]]))[1].tolist() == [
+        [8, 9],
+        [6, 7],
+        [8, 9],
+    ]
     memory = {"regions": torch.arange(3), "mask": None, "weights": {"word": torch.arange(5)}}
     picked = decoding.of_rows(memory, torch.tensor([True, False, True]))
-    assert picked["regions"].tolist() == [0, 2] and picked["mask"] is None and len(picked["weights"]["word"]) == 5
+    assert (
+        picked["regions"].tolist() == [0, 2]
+        and picked["mask"] is None
+        and len(picked["weights"]["word"]) == 5
+    )

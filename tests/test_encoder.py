@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from helpers import calibrate
 
 import encoder as encoders
-from captiondata import image_transform, load_image
 from commandline import UserError
 from encoder import ENCODERS, build_encoder
-from test_lrp_utils import calibrate
+from images import image_transform, load_image
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-WEIGHTS = {"squeezenet1_1": "squeezenet1_1-imagenet.pth", "inception_v3": "inception_v3-imagenet-to-Mixed_7a-fp16.pth"}
+WEIGHTS = {
+    "squeezenet1_1": "squeezenet1_1-imagenet.pth",
+    "inception_v3": "inception_v3-imagenet-to-Mixed_7a-fp16.pth",
+}
 
 
 def shared_weights(name):
@@ -34,9 +37,13 @@ def photographs(size, count=8):
 def test_the_features_are_as_the_table_says(name):
     encoder, spec = build_encoder(name, "random"), ENCODERS[name]
     given = torch.rand(1, 36, 2048)  # bottom-up features are not made here
-    features = encoder(given if encoder.given else torch.zeros(1, 3, spec.image_size, spec.image_size))
+    features = encoder(
+        given if encoder.given else torch.zeros(1, 3, spec.image_size, spec.image_size)
+    )
     assert features.shape == (1, spec.grid[0] * spec.grid[1], spec.out_channels)
-    assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.training and not any(
+        parameter.requires_grad for parameter in encoder.parameters()
+    )
 
 
 def test_regions_are_counted_row_by_row():
@@ -56,7 +63,10 @@ def test_folding_batch_norm_keeps_the_features(name):
     folded = encoder.folded()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     torch.testing.assert_close(folded(image), encoder(image), rtol=1e-9, atol=1e-9)
-    assert encoder.weights_hash() == before and build_encoder("vgg16", "random").folded().net is not None
+    assert (
+        encoder.weights_hash() == before
+        and build_encoder("vgg16", "random").folded().net is not None
+    )
 
 
 def test_squeezenet_is_torchvisions():
@@ -76,31 +86,58 @@ def test_inception_loads_and_tells_photographs_apart():
         features = encoder(photographs(299, 4))
     assert features.isfinite().all() and 0.2 < features.mean() < 3
     earlier = build_encoder("inception_v3_6e", shared_weights("inception_v3"))
-    assert torch.equal(earlier.net.Mixed_6e.branch1x1.conv.weight, encoder.net.Mixed_6e.branch1x1.conv.weight)
+    assert torch.equal(
+        earlier.net.Mixed_6e.branch1x1.conv.weight, encoder.net.Mixed_6e.branch1x1.conv.weight
+    )
 
 
 def test_torchvisions_inception_takes_our_normalisation():
-    network = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=True).double().eval()
+    network = (
+        torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=True)
+        .double()
+        .eval()
+    )
     encoder = build_encoder("inception_v3", "random").double()
-    encoder.net.load_state_dict({key: network.state_dict()[key] for key in encoder.net.state_dict()})
+    encoder.net.load_state_dict(
+        {key: network.state_dict()[key] for key in encoder.net.state_dict()}
+    )
     encoders._fold_input_transform(encoder.net.Conv2d_1a_3x3)
     image = torch.randn(1, 3, 139, 139, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.net.Conv2d_1a_3x3(image), network.Conv2d_1a_3x3(network._transform_input(image)), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            encoder.net.Conv2d_1a_3x3(image),
+            network.Conv2d_1a_3x3(network._transform_input(image)),
+            rtol=1e-9,
+            atol=1e-12,
+        )
 
 
 def test_a_file_of_torchvisions_inception_is_read_as_its_download(tmp_path, monkeypatch):
     """In our normalisation; a file of our own takes it already."""
-    network = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=True).eval()
+    network = torchvision.models.inception_v3(
+        weights=None, init_weights=False, transform_input=True
+    ).eval()
     torch.save(network.state_dict(), tmp_path / "torchvision.pth")
     monkeypatch.setattr(encoders, "_download", lambda name: network.state_dict())
-    encoder, downloaded = build_encoder("inception_v3", tmp_path / "torchvision.pth"), build_encoder("inception_v3")
+    encoder, downloaded = (
+        build_encoder("inception_v3", tmp_path / "torchvision.pth"),
+        build_encoder("inception_v3"),
+    )
     torch.save(encoder.state_dict(), tmp_path / "own.pth")
-    assert encoder.weights_hash() == downloaded.weights_hash() == build_encoder("inception_v3", tmp_path / "own.pth").weights_hash()
+    assert (
+        encoder.weights_hash()
+        == downloaded.weights_hash()
+        == build_encoder("inception_v3", tmp_path / "own.pth").weights_hash()
+    )
     network, encoder = network.double(), encoder.double()
     image = torch.randn(1, 3, 139, 139, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.net.Conv2d_1a_3x3(image), network.Conv2d_1a_3x3(network._transform_input(image)), rtol=1e-5, atol=1e-6)  # of float32 weights
+        torch.testing.assert_close(
+            encoder.net.Conv2d_1a_3x3(image),
+            network.Conv2d_1a_3x3(network._transform_input(image)),
+            rtol=1e-5,
+            atol=1e-6,
+        )  # of float32 weights
 
 
 def test_the_hash_tells_weights_apart():

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures import prepared_scenes
+from helpers import random_captioner
 
 import evaluation
 from captiondata import CaptionDataset
 from commandline import UserError, write_json
 from evaluation import word_scores
-from fixtures import prepared_scenes
 from preparedataset import prepare
-from test_lrp_utils import random_captioner
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,10 +29,16 @@ def test_word_scores_are_the_largest_probabilities_on_the_way():
             memory = captioner.look(features[row : row + 1])
             state, steps = captioner.start(memory), []
             for word in ["<start>", *caption]:
-                step, state = captioner.next_words(torch.tensor([captioner.vocabulary.encode([word])]), state, memory)
+                step, state = captioner.next_words(
+                    torch.tensor([captioner.vocabulary.encode([word])]), state, memory
+                )
                 steps.append(step[0, 0].exp())
             best = torch.stack(steps).amax(0)
-            expected = [best[captioner.vocabulary.encode([words[1]])[0]].item(), 0.0, best[captioner.vocabulary.encode([words[2]])[0]].item()]
+            expected = [
+                best[captioner.vocabulary.encode([words[1]])[0]].item(),
+                0.0,
+                best[captioner.vocabulary.encode([words[2]])[0]].item(),
+            ]
             assert scores[row].tolist() == pytest.approx(expected, abs=1e-12)
 
 
@@ -40,33 +46,90 @@ def test_the_command_measures_a_split_and_writes_it(tmp_path, monkeypatch, capsy
     folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     captioner = random_captioner().float()
     captioner.save(tmp_path / "it.pt")
-    arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "out.json", "--workers", 0, "--limit", 3]
-    arguments += ["--metrics", "bleu", "meteor", "cider", "ciderd", "chair", "object_words", "object_word_ap", "planted"]
+    arguments = [
+        "--checkpoint",
+        tmp_path / "it.pt",
+        "--dataset",
+        folder,
+        "--output",
+        tmp_path / "out.json",
+        "--workers",
+        0,
+        "--limit",
+        3,
+    ]
+    arguments += [
+        "--metrics",
+        "bleu",
+        "meteor",
+        "cider",
+        "ciderd",
+        "chair",
+        "object_words",
+        "object_word_ap",
+        "planted",
+    ]
     monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
     evaluation.main()
     result = json.loads((tmp_path / "out.json").read_text())
     dataset = CaptionDataset(folder, "test")
-    assert [row["image_id"] for row in result["captions"]] == [entry["image_id"] for entry in dataset.entries[:3]]
+    assert [row["image_id"] for row in result["captions"]] == [
+        entry["image_id"] for entry in dataset.entries[:3]
+    ]
     assert result["metrics"].keys() >= {"BLEU-4", "METEOR", "CIDEr", "CIDEr-D", "names main object"}
     assert result["unavailable"]["chair"] == "CHAIR: no caption names an object"
-    assert "training captions" in result["unavailable"]["object_words"] == result["unavailable"]["object_word_ap"]
-    assert len(result["checkpoint_sha256"]) == 16 and result["versions"]["torch"] == torch.__version__
+    assert (
+        "training captions"
+        in result["unavailable"]["object_words"]
+        == result["unavailable"]["object_word_ap"]
+    )
+    assert (
+        len(result["checkpoint_sha256"]) == 16 and result["versions"]["torch"] == torch.__version__
+    )
     assert "names main object" in capsys.readouterr().out
 
 
 def test_all_captions_that_a_decoder_finds_are_written(tmp_path, monkeypatch):
     folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     random_captioner().float().save(tmp_path / "it.pt")
-    arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "lrp0.5", "--workers", 0, "--metrics", "diversity"]
-    for extra, others in (("--decoding diverse_beam --groups 3 --max_length 6", 2), ("--decoding nucleus --num_captions 5 --max_length 6", 4)):
+    arguments = [
+        "--checkpoint",
+        tmp_path / "it.pt",
+        "--dataset",
+        folder,
+        "--output",
+        tmp_path / "lrp0.5",
+        "--workers",
+        0,
+        "--metrics",
+        "diversity",
+    ]
+    for extra, others in (
+        ("--decoding diverse_beam --groups 3 --max_length 6", 2),
+        ("--decoding nucleus --num_captions 5 --max_length 6", 4),
+    ):
         monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments), *extra.split()])
         evaluation.main()
         rows = json.loads((tmp_path / "lrp0.5.json").read_text())["captions"]
-        assert all(len(row["others"]) == others and len(row["caption"].split()) <= 6 for row in rows)
+        assert all(
+            len(row["others"]) == others and len(row["caption"].split()) <= 6 for row in rows
+        )
 
 
 def experiment(monkeypatch, tmp_path, folder, *flags):
-    arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--output", tmp_path / "out", "--workers", 0, "--max_length", 8, *flags]
+    arguments = [
+        "--checkpoint",
+        tmp_path / "it.pt",
+        "--dataset",
+        folder,
+        "--output",
+        tmp_path / "out",
+        "--workers",
+        0,
+        "--max_length",
+        8,
+        *flags,
+    ]
     monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
     evaluation.main()
 
@@ -76,7 +139,9 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     other settings are not mixed with it, nor do they replace it."""
     folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
     captioner = random_captioner().float()
-    captioner.vocabulary.words[1:30:2] = [f"{word}" for word in "a the of on in dog bench man with and is it at to by".split()]
+    captioner.vocabulary.words[1:30:2] = [
+        f"{word}" for word in "a the of on in dog bench man with and is it at to by".split()
+    ]
     captioner.save(tmp_path / "it.pt")
     monkeypatch.setattr(evaluation, "EXAMINED_AT_ONCE", 2)
     flags = ["--experiment", "word_ablation", "hallucination", "--methods", "lrp", "gradcam"]
@@ -84,20 +149,37 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     path = tmp_path / "out-word_ablation-hallucination.jsonl"
     whole = path.read_text()
     tables = json.loads(path.with_suffix(".json").read_text())["tables"]
-    assert "**word ablation**" in path.with_suffix(".md").read_text() and "word ablation" in capsys.readouterr().out
-    path.write_text("\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:20])  # the first batch, and a line cut by a kill
+    assert (
+        "**word ablation**" in path.with_suffix(".md").read_text()
+        and "word ablation" in capsys.readouterr().out
+    )
+    path.write_text(
+        "\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:20]
+    )  # the first batch, and a line cut by a kill
     calls = []
     original = evaluation.Examiner.__call__
-    monkeypatch.setattr(evaluation.Examiner, "__call__", lambda self, images, indices, entries: calls.append(indices) or original(self, images, indices, entries))
+    monkeypatch.setattr(
+        evaluation.Examiner,
+        "__call__",
+        lambda self, images, indices, entries: (
+            calls.append(indices) or original(self, images, indices, entries)
+        ),
+    )
     experiment(monkeypatch, tmp_path, folder, *flags)
     assert calls == [[2, 3], [4]] and path.read_text() == whole
     assert json.loads(path.with_suffix(".json").read_text())["tables"] == tables
-    with pytest.raises(UserError, match="out-word_ablation-hallucination.jsonl keeps what was found with other flags"):
+    with pytest.raises(
+        UserError,
+        match="out-word_ablation-hallucination.jsonl keeps what was found with other flags",
+    ):
         experiment(monkeypatch, tmp_path, folder, *flags, "--seed", 1)
     with pytest.raises(UserError, match="with other flags"):
         experiment(monkeypatch, tmp_path, folder, *flags, "--object_words", "coco")
     split = (folder / "test.json").read_bytes()
-    write_json(folder / "test.json", [entry | {"captions": entry["captions"][::-1]} for entry in json.loads(split)])
+    write_json(
+        folder / "test.json",
+        [entry | {"captions": entry["captions"][::-1]} for entry in json.loads(split)],
+    )
     with pytest.raises(UserError, match="with other flags"):
         experiment(monkeypatch, tmp_path, folder, *flags)
     (folder / "test.json").write_bytes(split)
@@ -109,7 +191,9 @@ def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
     path.unlink()
     experiment(monkeypatch, tmp_path, folder, *flags, "--limit", 3)
     experiment(monkeypatch, tmp_path, folder, *flags)
-    assert calls[2:] == [[0, 1], [2], [3, 4]] and len(path.read_text().splitlines()) == len(whole.splitlines())
+    assert calls[2:] == [[0, 1], [2], [3, 4]] and len(path.read_text().splitlines()) == len(
+        whole.splitlines()
+    )
 
 
 @pytest.mark.parametrize("flags, told", [
@@ -126,7 +210,9 @@ def test_mistakes_are_told_before_anything_is_read(monkeypatch, flags, told):
         evaluation.main()
 
 
-@pytest.mark.parametrize("name, root, split", [("coco2017", "coco2017", "test"), ("flickr8k", "flickr8k", "val")])
+@pytest.mark.parametrize(
+    "name, root, split", [("coco2017", "coco2017", "test"), ("flickr8k", "flickr8k", "val")]
+)
 def test_experiments_run_on_real_photographs(tmp_path, monkeypatch, name, root, split):
     """A captioner that knows drawings only, on COCO's boxes and outlines and on Flickr30k Entities' boxes."""
     source = ROOT.parent / "shared/data" / root
@@ -139,6 +225,10 @@ def test_experiments_run_on_real_photographs(tmp_path, monkeypatch, name, root, 
     monkeypatch.chdir(ROOT)
     evaluation.main()
     tables = json.loads((tmp_path / "out-all.json").read_text())["tables"]
-    assert tables["word_ablation"] and tables["image_ablation"] and set(tables) == {"word_ablation", "image_ablation", "correctness", "hallucination"}
+    assert (
+        tables["word_ablation"]
+        and tables["image_ablation"]
+        and set(tables) == {"word_ablation", "image_ablation", "correctness", "hallucination"}
+    )
     if name == "flickr8k":
         assert any(entry["objects"] for entry in CaptionDataset(tmp_path / name, split).entries)

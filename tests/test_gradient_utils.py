@@ -3,20 +3,23 @@
 import copy
 import functools
 
+import oracle_lrp
+import oracle_models
 import pytest
 import torch
+from helpers import random_captioner, relative_difference
+from oracle_gradients import DECODERS, REFERENCES, all_word_gradients, explain_words, with_relus
 from torch import nn
 from torch.nn import functional as F
 
-import oracle_lrp
-import oracle_models
 from captioner import METHODS
-from oracle_gradients import DECODERS, REFERENCES, all_word_gradients, explain_words, with_relus
-from test_lrp_utils import random_captioner, relative_difference
 
 MODELS = ("adaptive", "gridtd", "aoa")
 HEADS = 4
-CAPTIONS = [[3, 7, 8, 12, 5], [9, 1, 4]]  # no input word twice, so that each embedding can be moved alone
+CAPTIONS = [
+    [3, 7, 8, 12, 5],
+    [9, 1, 4],
+]  # no input word twice, so that each embedding can be moved alone
 
 
 @functools.cache
@@ -34,8 +37,15 @@ def parameters(captioner):
 
 def true_words(captioner, image, ids):
     """The oracle's gradients for every word of one caption."""
-    return all_word_gradients(captioner.config.model_type, parameters(captioner), captioner.encoder,
-                              captioner.config.num_head, image, ids, captioner.vocabulary.start)
+    return all_word_gradients(
+        captioner.config.model_type,
+        parameters(captioner),
+        captioner.encoder,
+        captioner.config.num_head,
+        image,
+        ids,
+        captioner.vocabulary.start,
+    )
 
 
 @functools.cache
@@ -73,8 +83,13 @@ def test_explanations_equal_the_oracle(model_type, method):
     captioner, images = setting(model_type)
     for ours, words in zip(explained(captioner, images, CAPTIONS, method), truth(model_type)):
         assert_equals_oracle(ours, method, words, captioner.encoder.grid)
-        assert relative_difference(ours.scores, torch.stack([word["score"] for word in words])) < 1e-10
-        assert relative_difference(ours.attention, torch.stack([word["attention"] for word in words])) < 1e-10
+        assert (
+            relative_difference(ours.scores, torch.stack([word["score"] for word in words])) < 1e-10
+        )
+        assert (
+            relative_difference(ours.attention, torch.stack([word["attention"] for word in words]))
+            < 1e-10
+        )
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -84,8 +99,11 @@ def test_the_oracle_has_the_decoder_of_the_numpy_oracle(model_type):
         features = captioner.encoder(images[:1])[0].numpy()
     inputs = [captioner.vocabulary.start, *CAPTIONS[0][:-1]]
     params = {name: value.numpy() for name, value in parameters(captioner).items()}
-    forward = {"adaptive": oracle_models.adaptive_forward, "gridtd": oracle_lrp.gridtd_forward,
-               "aoa": functools.partial(oracle_models.aoa_forward, heads=HEADS)}[model_type](params, features, inputs)
+    forward = {
+        "adaptive": oracle_models.adaptive_forward,
+        "gridtd": oracle_lrp.gridtd_forward,
+        "aoa": functools.partial(oracle_models.aoa_forward, heads=HEADS),
+    }[model_type](params, features, inputs)
     for t, (word, target) in enumerate(zip(truth(model_type)[0], CAPTIONS[0])):
         assert float(word["score"]) == pytest.approx(forward["logits"][t, target], rel=1e-10)
 
@@ -98,7 +116,9 @@ def test_guided_backprop_enters_every_branch(encoder):
     words = true_words(captioner, images[0], [3, 7])
     assert_equals_oracle(ours, "guided_backprop", words, captioner.encoder.grid)
     unguided, _, _ = explain_words("gradient", words, captioner.encoder.grid)
-    assert relative_difference(ours.image_relevance, unguided) > 0.1  # else the comparison would prove nothing
+    assert (
+        relative_difference(ours.image_relevance, unguided) > 0.1
+    )  # else the comparison would prove nothing
 
 
 @pytest.mark.parametrize("method", ["gradient", "guided_backprop"])
@@ -114,15 +134,22 @@ class WordLogit(nn.Module):
 
     def __init__(self, captioner, ids, t):
         super().__init__()
-        self.encoder = with_relus(captioner.encoder, nn.ReLU)  # captum hooks them, which forbids in-place ones
+        self.encoder = with_relus(
+            captioner.encoder, nn.ReLU
+        )  # captum hooks them, which forbids in-place ones
         self.layer = self.encoder.net[-1]
         self.params, self.config = parameters(captioner), captioner.config
         self.inputs, self.target = [captioner.vocabulary.start, *ids[:t]], ids[t]
 
     def forward(self, images):
         """images (B, 3, H, W) -> (B, 1)."""
-        decode, embeddings = DECODERS[self.config.model_type], self.params["embedding.weight"][self.inputs]
-        logits = [decode(self.params, features, embeddings, HEADS)[0] for features in self.encoder(images)]
+        decode, embeddings = (
+            DECODERS[self.config.model_type],
+            self.params["embedding.weight"][self.inputs],
+        )
+        logits = [
+            decode(self.params, features, embeddings, HEADS)[0] for features in self.encoder(images)
+        ]
         return torch.stack(logits)[:, self.target, None]
 
 
@@ -153,7 +180,11 @@ def test_captum_agrees(model_type):
     assert relative_difference(ours["gradcam"].region_relevance[t], cam.flatten()) < 1e-6
     large = attr.LayerAttribution.interpolate(cam, image.shape[2:], "bilinear")[0, 0]
     assert relative_difference(ours["gradcam"].image_relevance[t], large) < 1e-6
-    both = attr.GuidedGradCam(model, model.layer).attribute(image, interpolate_mode="bilinear").sum(1)[0]
+    both = (
+        attr.GuidedGradCam(model, model.layer)
+        .attribute(image, interpolate_mode="bilinear")
+        .sum(1)[0]
+    )
     assert relative_difference(ours["guided_gradcam"].image_relevance[t], both) < 1e-6
 
 
@@ -167,7 +198,9 @@ def test_gradient_of_pixels_is_the_slope_of_the_logits(model_type):
     captioner, images = setting(model_type)
     (ours,) = explained(captioner, images[:1], CAPTIONS[:1], "gradient")
     # A grey direction moves the three channels alike, so that it meets their summed gradient.
-    direction = torch.randn(images.shape[2:], dtype=torch.float64, generator=torch.Generator().manual_seed(0xD1CE))
+    direction = torch.randn(
+        images.shape[2:], dtype=torch.float64, generator=torch.Generator().manual_seed(0xD1CE)
+    )
 
     def scores(x):
         return explained(captioner, images[:1] + x * direction, CAPTIONS[:1], "attention")[0].scores
@@ -207,7 +240,12 @@ def test_gradient_of_words_is_the_slope_of_the_logits(model_type):
             return logits[range(len(CAPTIONS[0])), CAPTIONS[0]]
 
         for i, word in enumerate(inputs):
-            assert relative_difference(ours.word_relevance[:, i], slope(functools.partial(scores, word))) < 1e-5
+            assert (
+                relative_difference(
+                    ours.word_relevance[:, i], slope(functools.partial(scores, word))
+                )
+                < 1e-5
+            )
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -227,14 +265,18 @@ def test_later_words_have_no_part_in_an_explanation(model_type, method):
         assert not explanation.word_relevance.triu(1).any()
     for part in ("image_relevance", "region_relevance"):
         assert relative_difference(getattr(other, part)[:2], getattr(ours, part)[:2]) < 1e-10
-    torch.testing.assert_close(other.word_relevance[:2, :2], ours.word_relevance[:2, :2], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        other.word_relevance[:2, :2], ours.word_relevance[:2, :2], rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_oracle_is_blind_to_the_order_of_regions(model_type):
     captioner, _ = setting(model_type)
     params, order = parameters(captioner), torch.randperm(9)
-    features = torch.randn(9, captioner.encoder.out_channels, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(
+        9, captioner.encoder.out_channels, dtype=torch.float64, requires_grad=True
+    )
     found = []
     for rows in (torch.arange(9), order):
         shown = features[rows]
@@ -244,17 +286,37 @@ def test_the_oracle_is_blind_to_the_order_of_regions(model_type):
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PATCHABLE = ((nn.ReLU, "forward"), (nn.Conv2d, "forward"), (nn.MaxPool2d, "forward"), (F, "relu"), (F, "relu_"),
-             (F, "conv2d"), (F, "max_pool2d"), (torch, "relu"), (torch, "relu_"), (torch, "sigmoid"), (torch, "tanh"))
+PATCHABLE = (
+    (nn.ReLU, "forward"),
+    (nn.Conv2d, "forward"),
+    (nn.MaxPool2d, "forward"),
+    (F, "relu"),
+    (F, "relu_"),
+    (F, "conv2d"),
+    (F, "max_pool2d"),
+    (torch, "relu"),
+    (torch, "relu_"),
+    (torch, "sigmoid"),
+    (torch, "tanh"),
+)
 
 
 def state(captioner):
     """All that an explanation could leave changed: of the captioner, its modules, and PyTorch itself."""
-    modules = [(name, module, type(module), [list(getattr(module, hooks)) for hooks in HOOKS],
-                {key: value for key, value in vars(module).items() if not isinstance(value, dict)})
-               for name, module in captioner.named_modules()]
-    tensors = [(name, tensor.data_ptr(), tensor.requires_grad, tensor.grad, tensor._backward_hooks)
-               for name, tensor in (*captioner.named_parameters(), *captioner.named_buffers())]
+    modules = [
+        (
+            name,
+            module,
+            type(module),
+            [list(getattr(module, hooks)) for hooks in HOOKS],
+            {key: value for key, value in vars(module).items() if not isinstance(value, dict)},
+        )
+        for name, module in captioner.named_modules()
+    ]
+    tensors = [
+        (name, tensor.data_ptr(), tensor.requires_grad, tensor.grad, tensor._backward_hooks)
+        for name, tensor in (*captioner.named_parameters(), *captioner.named_buffers())
+    ]
     return modules, tensors, [getattr(*place) for place in PATCHABLE], torch.is_grad_enabled()
 
 

@@ -4,47 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import random_captioner, relative_difference
+from oracle_lrp import encoder_lrp, gridtd_forward, gridtd_lrp
 from torch import nn
 
-from captiondata import Vocabulary
-from captioner import CaptionerConfig, Method, build_captioner
+from captioner import Method
 from commandline import UserError
-from encoder import build_encoder
 from gradient_utils import input_x_gradient
 from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, stabilize
-from oracle_lrp import encoder_lrp, gridtd_forward, gridtd_lrp
-
-
-def relative_difference(ours, truth):
-    """The largest difference as a share of the largest true value."""
-    ours, truth = (np.asarray(torch.as_tensor(value).detach()) for value in (ours, truth))
-    return np.abs(ours - truth).max() / np.abs(truth).max()
-
-
-def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, vocabulary=None, **sizes):
-    """A float64 captioner with random weights, large enough that every nonlinearity is used."""
-    torch.manual_seed(seed)
-    vocabulary = vocabulary or Vocabulary(["<pad>", *(f"w{i}" for i in range(words)), "<unk>", "<start>", "<end>"])
-    config = CaptionerConfig(encoder=encoder, **{"embed_dim": 12, "hidden_dim": 16, "num_head": 4, **sizes})
-    captioner = build_captioner(config, vocabulary, build_encoder(encoder, "random")).double().eval()
-    for name, parameter in captioner.named_parameters():
-        if not name.startswith("encoder.") and parameter.dim() > 1:
-            nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
-    calibrate(captioner.encoder)
-    return captioner
-
-
-def calibrate(encoder):
-    """Give an encoder's batch-norms the statistics of some noise, as after training, and none of their vectors a trivial one."""
-    layers = [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
-    for layer in layers:
-        nn.init.uniform_(layer.weight, 0.5, 1.5)
-        nn.init.uniform_(layer.bias, -0.5, 0.5)
-        layer.momentum = 1.0
-        layer.train()
-    if layers:
-        encoder(torch.randn(2, 3, 128, 128, dtype=torch.float64))
-        encoder.eval()
 
 
 def explain_double(captioner, images, ids, epsilon):
@@ -58,7 +25,15 @@ def encoder_layers(encoder):
     layers = []
     for layer in encoder.folded().net:
         if isinstance(layer, nn.Conv2d):
-            layers.append(("conv", layer.weight.detach().numpy(), layer.bias.detach().numpy(), layer.stride[0], layer.padding[0]))
+            layers.append(
+                (
+                    "conv",
+                    layer.weight.detach().numpy(),
+                    layer.bias.detach().numpy(),
+                    layer.stride[0],
+                    layer.padding[0],
+                )
+            )
         elif isinstance(layer, nn.ReLU):
             layers.append(("relu",))
         elif isinstance(layer, nn.MaxPool2d):
@@ -73,7 +48,9 @@ def test_lrp_of_regions_words_and_pixels_equals_the_oracle(epsilon):
     captions = [[3, 7, 7, 12, 5, 20], [9, 1, 4]]
     parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
     layers = encoder_layers(captioner.encoder)
-    for image, ids, ours in zip(images, captions, explain_double(captioner, images, captions, epsilon)):
+    for image, ids, ours in zip(
+        images, captions, explain_double(captioner, images, captions, epsilon)
+    ):
         with torch.no_grad():
             features = captioner.encoder(image[None])[0].numpy()
         inputs = [captioner.vocabulary.start, *ids[:-1]]
@@ -99,7 +76,9 @@ def test_float32_equals_the_float64_oracle_to_1e_5():
     parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
     with torch.no_grad():
         features = captioner.encoder(image.double())[0].numpy()
-    regions, words, scores = gridtd_lrp(parameters, features, [captioner.vocabulary.start, *ids[:-1]], ids)
+    regions, words, scores = gridtd_lrp(
+        parameters, features, [captioner.vocabulary.start, *ids[:-1]], ids
+    )
     assert relative_difference(ours.scores, scores) < 1e-5
     assert relative_difference(ours.word_relevance, words) < 1e-5
     assert relative_difference(ours.region_relevance, regions.sum(-1)) < 1e-5
@@ -118,7 +97,13 @@ def test_without_biases_and_epsilon_relevance_is_conserved():
 
 def test_encoder_relevance_is_conserved_where_no_bias_takes_part():
     torch.manual_seed(0xBEEF)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3, bias=False), nn.ReLU()).double()
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.ReLU(),
+    ).double()
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
     with AlphaOneBetaZero():
         y = net(x)
@@ -143,8 +128,12 @@ def test_vgg16_agrees_with_zennit():
 
     net, image = random_vgg16(64, 0xACE)
     rule = zennit_rules.AlphaBeta(alpha=1, beta=0, stabilizer=1e-12, zero_params="bias")
-    composite = LayerMapComposite([(nn.Conv2d, rule), (nn.ReLU, zennit_rules.Pass())])  # max-pool: its gradient, winner takes all
-    relevance = net(image) * torch.randn(512, 1, 1, dtype=torch.float64)  # of either sign; none where a unit is silent
+    composite = LayerMapComposite(
+        [(nn.Conv2d, rule), (nn.ReLU, zennit_rules.Pass())]
+    )  # max-pool: its gradient, winner takes all
+    relevance = net(image) * torch.randn(
+        512, 1, 1, dtype=torch.float64
+    )  # of either sign; none where a unit is silent
     theirs = image.clone().requires_grad_()
     with composite.context(net) as explained:
         (theirs,) = torch.autograd.grad(explained(theirs), theirs, relevance)
@@ -170,7 +159,10 @@ def test_the_mode_leaves_the_network_as_it_was():
 def test_rules_do_not_change_the_forward_pass():
     captioner = random_captioner()
     features, inputs = torch.randn(2, 9, 256, dtype=torch.float64), torch.randint(1, 30, (2, 3, 5))
-    outputs = [captioner.unroll(captioner.embedding(inputs), captioner.look(features, rules), rules)[0] for rules in (TrueGradient, LRP())]
+    outputs = [
+        captioner.unroll(captioner.embedding(inputs), captioner.look(features, rules), rules)[0]
+        for rules in (TrueGradient, LRP())
+    ]
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
 
 
@@ -193,7 +185,9 @@ def attnlrp_by_hand(query, keys, values, R_context, epsilon):
     context = alpha @ values
     R_values, R_alpha = np.zeros_like(values), np.zeros_like(alpha)
     for p in range(len(alpha)):
-        products = alpha[p] * values[p] * R_context / (context + epsilon * np.where(context < 0, -1, 1))
+        products = (
+            alpha[p] * values[p] * R_context / (context + epsilon * np.where(context < 0, -1, 1))
+        )
         R_values[p], R_alpha[p] = products / 2, products.sum() / 2
     R_scores = scores * (R_alpha - alpha * R_alpha.sum())
     R_query, R_keys = np.zeros_like(query), np.zeros_like(keys)
@@ -211,14 +205,28 @@ def test_attnlrp_follows_its_propositions():
             layer.weight.copy_(torch.eye(16)), layer.bias.zero_()
         captioner.context_gate.weight.zero_(), captioner.context_gate.bias.fill_(100)
     rules = AttnLRP(epsilon=1e-9)  # next to nothing at the other sites
-    hidden, keys, values = (torch.randn(1, n, 16, dtype=torch.float64, requires_grad=True) for n in (1, 5, 5))
-    memory = {"mask": None, "keys": rules.factor(keys.unsqueeze(1)), "values": rules.factor(values.unsqueeze(1))}
+    hidden, keys, values = (
+        torch.randn(1, n, 16, dtype=torch.float64, requires_grad=True) for n in (1, 5, 5)
+    )
+    memory = {
+        "mask": None,
+        "keys": rules.factor(keys.unsqueeze(1)),
+        "values": rules.factor(values.unsqueeze(1)),
+    }
     output, _ = captioner._attend(hidden, memory, rules)
     c = torch.randn(16, dtype=torch.float64)
-    found = [leaf * slope for leaf, slope in zip((hidden, keys, values), torch.autograd.grad((output * c).sum(), (hidden, keys, values)))]
+    found = [
+        leaf * slope
+        for leaf, slope in zip(
+            (hidden, keys, values), torch.autograd.grad((output * c).sum(), (hidden, keys, values))
+        )
+    ]
     context = torch.nn.functional.scaled_dot_product_attention(hidden, keys, values)
-    R_query, R_keys, R_values = attnlrp_by_hand(*(leaf[0].detach().numpy() for leaf in (hidden[0:1, 0:1].squeeze(1), keys, values)),
-                                                (context[0, 0] * c).detach().numpy(), 0)
+    R_query, R_keys, R_values = attnlrp_by_hand(
+        *(leaf[0].detach().numpy() for leaf in (hidden[0:1, 0:1].squeeze(1), keys, values)),
+        (context[0, 0] * c).detach().numpy(),
+        0,
+    )
     assert relative_difference(found[1][0], R_keys) < 1e-6
     assert relative_difference(found[2][0], R_values) < 1e-6
     assert relative_difference(found[0][0, 0], R_query) < 1e-6
@@ -227,8 +235,15 @@ def test_attnlrp_follows_its_propositions():
 def test_attnlrp_is_an_option_of_the_multi_head_captioner_only():
     image, caption = torch.randn(1, 3, 128, 128, dtype=torch.float64), [["w1", "w2", "w3"]]
     captioner = random_captioner(model_type="aoa")
-    plain, through = (captioner.explain(image, caption, through_attention=choice)[0] for choice in (False, True))
-    assert torch.equal(plain.scores, through.scores) and relative_difference(through.region_relevance, plain.region_relevance) > 1e-3
+    plain, through = (
+        captioner.explain(image, caption, through_attention=choice)[0] for choice in (False, True)
+    )
+    assert (
+        torch.equal(plain.scores, through.scores)
+        and relative_difference(through.region_relevance, plain.region_relevance) > 1e-3
+    )
     for model_type, method in (("gridtd", "lrp"), ("aoa", "gradient")):
         with pytest.raises(UserError, match="only LRP of the multi-head captioner"):
-            random_captioner(model_type=model_type).explain(image, caption, method, through_attention=True)
+            random_captioner(model_type=model_type).explain(
+                image, caption, method, through_attention=True
+            )

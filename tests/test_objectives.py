@@ -6,16 +6,17 @@ import sys
 
 import pytest
 import torch
+from fixtures import prepared_scenes
+from helpers import random_captioner
+from oracle_metrics import slow_cider_d
 
 import train
-from captiondata import STOP_WORDS, CaptionDataset
+from captiondata import CaptionDataset
 from captioner import DROPOUTS, METHODS, MODELS, load_captioner, read_checkpoint
 from commandline import UserError
-from fixtures import prepared_scenes
 from lrp_utils import EPSILON, inference_weights
 from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference, quiet_words
-from test_captionmetrics import slow_cider_d
-from test_lrp_utils import random_captioner
+from vocabulary import STOP_WORDS
 
 SMALL = ["--workers", "0", "--device", "cpu"]
 
@@ -40,7 +41,13 @@ def slow_weights(context, hidden, fc, word):
     R_total = shares.sum(0)
     omegas = []
     for part in (context, hidden):
-        R = torch.tensor([part[i].item() * R_total[i].item() / stabilised(total[i].item()) for i in range(len(total))], dtype=torch.float64)
+        R = torch.tensor(
+            [
+                part[i].item() * R_total[i].item() / stabilised(total[i].item())
+                for i in range(len(total))
+            ],
+            dtype=torch.float64,
+        )
         omegas.append(1 + R / R.abs().max() if R.abs().max() > 0 else torch.ones_like(R))
     return omegas
 
@@ -55,7 +62,12 @@ def setting(request):
     captioner = random_captioner(words=20, model_type=request.param).train()
     without_dropout(captioner)
     words = captioner.vocabulary.words
-    words[1], words[2], words[3], words[4] = "a", "the", "on", "of"  # some stop words, and likely ones
+    words[1], words[2], words[3], words[4] = (
+        "a",
+        "the",
+        "on",
+        "of",
+    )  # some stop words, and likely ones
     with torch.no_grad():
         captioner.fc.weight[1:5] *= 2
     features = torch.randn(3, 9, captioner.encoder.out_channels, dtype=torch.float64) * 3
@@ -66,19 +78,25 @@ def setting(request):
 
 def test_the_weights_equal_their_definition(setting):
     captioner, features, inputs, _ = setting
-    context, hidden = (part.flatten(0, 2).detach() for part in parts_of(captioner, features, inputs))
+    context, hidden = (
+        part.flatten(0, 2).detach() for part in parts_of(captioner, features, inputs)
+    )
     logits = captioner.fc(context + hidden)
     scores, words = logits.max(-1)
     found = inference_weights(context, hidden, captioner.fc.weight[words], scores)
     for row in range(len(words)):
-        for omega, expected in zip(found, slow_weights(context[row], hidden[row], captioner.fc, words[row])):
+        for omega, expected in zip(
+            found, slow_weights(context[row], hidden[row], captioner.fc, words[row])
+        ):
             torch.testing.assert_close(omega[row], expected, rtol=0, atol=1e-9)
             assert 0 <= omega[row].min() and omega[row].max() <= 2
 
 
 def test_nothing_arrives_nothing_is_weighted():
     zero = torch.zeros(1, 4, dtype=torch.float64)
-    for omega in inference_weights(zero, zero, torch.randn(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)):
+    for omega in inference_weights(
+        zero, zero, torch.randn(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    ):
         assert torch.equal(omega, torch.ones_like(omega))
 
 
@@ -87,13 +105,23 @@ def slow_lrp_loss(captioner, features, inputs, targets, share):
     contexts, hiddens = parts_of(captioner, features, inputs)
     total, count = 0.0, 0
     for index in (targets != 0).nonzero().tolist():
-        context, hidden, target = contexts[tuple(index)], hiddens[tuple(index)], targets[tuple(index)]
+        context, hidden, target = (
+            contexts[tuple(index)],
+            hiddens[tuple(index)],
+            targets[tuple(index)],
+        )
         p = captioner.fc(context + hidden)
         word = p.argmax().item()
         weight_c, weight_h = slow_weights(context.detach(), hidden.detach(), captioner.fc, word)
         name = captioner.vocabulary.words[word]
-        p_hat = p if name in STOP_WORDS or name.startswith("<") else captioner.fc(weight_c * context + weight_h * hidden)
-        total = total - share * p.log_softmax(-1)[target] - (1 - share) * p_hat.log_softmax(-1)[target]
+        p_hat = (
+            p
+            if name in STOP_WORDS or name.startswith("<")
+            else captioner.fc(weight_c * context + weight_h * hidden)
+        )
+        total = (
+            total - share * p.log_softmax(-1)[target] - (1 - share) * p_hat.log_softmax(-1)[target]
+        )
         count += 1
     return total / count
 
@@ -107,8 +135,12 @@ def test_lrp_inference_loss_and_gradient_by_hand(setting, share):
     expected = slow_lrp_loss(captioner, features, inputs, targets, share)
     parameters = captioner.decoder_parameters()
     torch.testing.assert_close(loss, expected)
-    for found, wanted in zip(*(torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss, expected))):
-        assert (found is None) == (wanted is None) and (found is None or torch.allclose(found, wanted, atol=1e-10))
+    for found, wanted in zip(
+        *(torch.autograd.grad(value, parameters, allow_unused=True) for value in (loss, expected))
+    ):
+        assert (found is None) == (wanted is None) and (
+            found is None or torch.allclose(found, wanted, atol=1e-10)
+        )
 
 
 def test_without_lrp_it_is_cross_entropy(setting):
@@ -128,7 +160,9 @@ def test_the_weighted_last_layer_is_that_of_the_loss(setting):
     logits = captioner.fc(context + hidden)
     quiet = quiet_words(captioner.vocabulary)[logits.argmax(-1)]
     assert quiet.any() and not quiet.all()
-    assert torch.allclose(p_hat[quiet], logits[quiet]) and not torch.allclose(p_hat[~quiet], logits[~quiet])
+    assert torch.allclose(p_hat[quiet], logits[quiet]) and not torch.allclose(
+        p_hat[~quiet], logits[~quiet]
+    )
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -137,7 +171,9 @@ def test_image_weights_by_hand(model_type):
     captioner = random_captioner(words=20, model_type=model_type).train()
     without_dropout(captioner)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    inputs = torch.cat([torch.full((2, 2, 1), captioner.vocabulary.start), torch.randint(1, 21, (2, 2, 2))], dim=-1)
+    inputs = torch.cat(
+        [torch.full((2, 2, 1), captioner.vocabulary.start), torch.randint(1, 21, (2, 2, 2))], dim=-1
+    )
     targets = torch.randint(1, 21, (2, 2, 3))
     targets[1, 1, 2] = 0
     objective = ImageLRPInference(captioner, share=0.3)
@@ -166,7 +202,11 @@ def test_image_weights_by_hand(model_type):
 def test_image_weights_stay_float32_where_training_is_bfloat16():
     captioner = random_captioner(words=20).float().train()
     objective, images = ImageLRPInference(captioner), torch.randn(2, 3, 16, 16)
-    inputs, words, wanted = torch.full((2, 1, 3), captioner.vocabulary.start), torch.randint(1, 21, (2, 1, 3)), torch.ones(2, 1, 3, dtype=torch.bool)
+    inputs, words, wanted = (
+        torch.full((2, 1, 3), captioner.vocabulary.start),
+        torch.randint(1, 21, (2, 1, 3)),
+        torch.ones(2, 1, 3, dtype=torch.bool),
+    )
     weights = objective.image_weights(images, inputs, words, wanted)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective.image_weights(images, inputs, words, wanted), weights)
@@ -185,14 +225,18 @@ def speaker():
     captioner.vocabulary = type(captioner.vocabulary)(captioner.vocabulary.words)
     without_dropout(captioner)
     captioner.config.max_length = 6
-    return captioner.train(), torch.randn(2, 9, captioner.encoder.out_channels, dtype=torch.float64) * 3
+    return captioner.train(), torch.randn(
+        2, 9, captioner.encoder.out_channels, dtype=torch.float64
+    ) * 3
 
 
 def sentence(ids, vocabulary):
     return " ".join(vocabulary.words[word] for word in ids)
 
 
-@pytest.mark.parametrize("baseline, bleu_weight", (("greedy", 0.0), ("others", 0.0), ("greedy", 0.7)))
+@pytest.mark.parametrize(
+    "baseline, bleu_weight", (("greedy", 0.0), ("others", 0.0), ("greedy", 0.7))
+)
 def test_scst_by_hand(speaker, baseline, bleu_weight):
     from pycocoevalcap.bleu.bleu import Bleu
 
@@ -207,7 +251,13 @@ def test_scst_by_hand(speaker, baseline, bleu_weight):
 
     def reward(words, image):
         value = slow_cider_d(sentence(words, vocabulary), corpus[image], corpus)
-        return value + bleu_weight * Bleu(4).compute_score({0: corpus[image]}, {0: [sentence(words, vocabulary)]}, verbose=0)[1][3][0]
+        return (
+            value
+            + bleu_weight
+            * Bleu(4).compute_score(
+                {0: corpus[image]}, {0: [sentence(words, vocabulary)]}, verbose=0
+            )[1][3][0]
+        )
 
     expected, count = 0.0, 0
     for row, image in enumerate(indices.tolist()):
@@ -231,7 +281,9 @@ def test_samples_end_as_they_should(speaker):
     torch.manual_seed(0)
     sampled, _, _ = SCST(captioner, REFERENCES, samples=40).draw(features, [0, 1])
     for words in (words for image in sampled for words in image):
-        assert words.count(captioner.vocabulary.end) == (words[-1] == captioner.vocabulary.end) and (len(words) == 6 or words[-1] == captioner.vocabulary.end)
+        assert words.count(captioner.vocabulary.end) == (
+            words[-1] == captioner.vocabulary.end
+        ) and (len(words) == 6 or words[-1] == captioner.vocabulary.end)
     assert captioner.training
 
 
@@ -239,13 +291,29 @@ def test_scst_of_lrp_inference_samples_from_the_weighted_logits(speaker):
     """The first words of many samples follow softmax(p_hat), not softmax(p)."""
     captioner, features = speaker
     with torch.no_grad():
-        captioner.fc.bias += captioner.silence.clamp(min=-1e3)  # so that the likeliest is a word, and has relevance
+        captioner.fc.bias += captioner.silence.clamp(
+            min=-1e3
+        )  # so that the likeliest is a word, and has relevance
     inference = LRPInference(captioner)
     torch.manual_seed(0)
-    sampled, _, _ = SCST(captioner, REFERENCES, samples=4000, inference=inference).draw(features[:1], [0])
-    counts = torch.bincount(torch.tensor([words[0] for words in sampled[0]]), minlength=len(captioner.vocabulary)) / 4000
+    sampled, _, _ = SCST(captioner, REFERENCES, samples=4000, inference=inference).draw(
+        features[:1], [0]
+    )
+    counts = (
+        torch.bincount(
+            torch.tensor([words[0] for words in sampled[0]]), minlength=len(captioner.vocabulary)
+        )
+        / 4000
+    )
     inputs = torch.full((1, 1, 1), captioner.vocabulary.start)
-    p_hat, p = (((captioner(features[:1], inputs, last_layer=layer) + captioner.silence).softmax(-1)[0, 0, 0]) for layer in (inference.last_layer, None))
+    p_hat, p = (
+        (
+            (captioner(features[:1], inputs, last_layer=layer) + captioner.silence).softmax(-1)[
+                0, 0, 0
+            ]
+        )
+        for layer in (inference.last_layer, None)
+    )
     assert (counts - p_hat).abs().max() < 0.04 < (p - p_hat).abs().max()
 
 
@@ -274,14 +342,50 @@ def trained(tmp_path_factory):
     folder = prepared_scenes(tmp_path_factory.mktemp("tune") / "scenes", 24, 6, 6)
     with pytest.MonkeyPatch.context() as patch:
         for model in MODELS:
-            sizes = ["--embed_dim", "12", "--hidden_dim", "16", "--batch_size", "8", "--epochs", "1", "--pretrain_epochs", "0"]
-            patch.setattr(sys, "argv", ["train.py", "--dataset", str(folder), "--model_type", model, *sizes, *SMALL, "--output", str(folder / f"{model}.pt")])
+            sizes = [
+                "--embed_dim",
+                "12",
+                "--hidden_dim",
+                "16",
+                "--batch_size",
+                "8",
+                "--epochs",
+                "1",
+                "--pretrain_epochs",
+                "0",
+            ]
+            patch.setattr(
+                sys,
+                "argv",
+                [
+                    "train.py",
+                    "--dataset",
+                    str(folder),
+                    "--model_type",
+                    model,
+                    *sizes,
+                    *SMALL,
+                    "--output",
+                    str(folder / f"{model}.pt"),
+                ],
+            )
             train.main()
     return folder
 
 
 def tune(monkeypatch, folder, output, *arguments, model="gridtd"):
-    flags = ["--dataset", folder, "--resume", folder / f"{model}.pt", "--batch_size", 8, *SMALL, "--output", output, *arguments]
+    flags = [
+        "--dataset",
+        folder,
+        "--resume",
+        folder / f"{model}.pt",
+        "--batch_size",
+        8,
+        *SMALL,
+        "--output",
+        output,
+        *arguments,
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     train.main()
     return [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
@@ -293,21 +397,41 @@ def tune(monkeypatch, folder, output, *arguments, model="gridtd"):
     ["--lrp_tune", "--lrp_form", "image", "--captions_per_image", 1, "--decoder_lr", 1e-3],
 ])  # fmt: skip
 def test_every_tuning_of_every_captioner(trained, tmp_path, monkeypatch, model, flags):
-    rows = tune(monkeypatch, trained, tmp_path / "it.pt", *flags, "--max_iterations", 4, model=model)
+    rows = tune(
+        monkeypatch, trained, tmp_path / "it.pt", *flags, "--max_iterations", 4, model=model
+    )
     assert [row["iterations"] for row in rows] == [0, 3, 4]
     assert ("reward" in rows[1]) == ("CIDEr-D" in rows[1]) == ("cider" in flags[0])
-    before, after = (read_checkpoint(path)["state_dict"] for path in (trained / f"{model}.pt", tmp_path / "it.pt"))
+    before, after = (
+        read_checkpoint(path)["state_dict"]
+        for path in (trained / f"{model}.pt", tmp_path / "it.pt")
+    )
     assert not torch.equal(before["fc.weight"], after["fc.weight"])
     assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("encoder."))
-    assert load_captioner(tmp_path / "it.pt").config == load_captioner(trained / f"{model}.pt").config
+    assert (
+        load_captioner(tmp_path / "it.pt").config == load_captioner(trained / f"{model}.pt").config
+    )
 
 
 def test_the_baseline_without_lrp_is_one_flag_away(trained, tmp_path, monkeypatch):
     """--lrp_lambda 1 is cross-entropy on the same batches, and differs from LRP-inference by that alone."""
     objectives = []
     original = train.build_objective
-    monkeypatch.setattr(train, "build_objective", lambda *arguments: objectives.append(original(*arguments)) or objectives[-1])
-    tune(monkeypatch, trained, tmp_path / "plain.pt", "--lrp_tune", "--lrp_lambda", 1, "--max_iterations", 2)
+    monkeypatch.setattr(
+        train,
+        "build_objective",
+        lambda *arguments: objectives.append(original(*arguments)) or objectives[-1],
+    )
+    tune(
+        monkeypatch,
+        trained,
+        tmp_path / "plain.pt",
+        "--lrp_tune",
+        "--lrp_lambda",
+        1,
+        "--max_iterations",
+        2,
+    )
     tune(monkeypatch, trained, tmp_path / "lrp.pt", "--lrp_tune", "--max_iterations", 2)
     assert [type(objective) for objective in objectives] == [CrossEntropy, LRPInference]
 
@@ -326,17 +450,32 @@ def test_mistakes_are_told_in_one_line(trained, tmp_path, monkeypatch, flags, to
 def test_a_captioner_of_another_vocabulary_is_refused(trained, tmp_path, monkeypatch):
     random_captioner().float().save(tmp_path / "other.pt")
     with pytest.raises(UserError, match="its vocabulary is another"):
-        tune(monkeypatch, trained, tmp_path / "it.pt", "--cider_tune", "--resume", tmp_path / "other.pt")
+        tune(
+            monkeypatch,
+            trained,
+            tmp_path / "it.pt",
+            "--cider_tune",
+            "--resume",
+            tmp_path / "other.pt",
+        )
 
 
 def test_the_references_of_the_reward_are_all_raw_captions(trained):
     dataset, captioner = CaptionDataset(trained, "train"), load_captioner(trained / "gridtd.pt")
     objective = SCST(captioner, [entry["captions"] for entry in dataset.entries])
-    assert len(objective.references) == len(dataset) and all(caption[-1] == captioner.vocabulary.end for image in objective.references for caption in image)
+    assert len(objective.references) == len(dataset) and all(
+        caption[-1] == captioner.vocabulary.end
+        for image in objective.references
+        for caption in image
+    )
 
 
 def test_stop_words_are_nltks():
-    assert len(STOP_WORDS) == 179 and {"a", "the", "wouldn't", "between"} <= STOP_WORDS and "dog" not in STOP_WORDS
+    assert (
+        len(STOP_WORDS) == 179
+        and {"a", "the", "wouldn't", "between"} <= STOP_WORDS
+        and "dog" not in STOP_WORDS
+    )
     quiet = quiet_words(random_captioner(words=5).vocabulary)
     assert quiet.tolist() == [True, *[False] * 5, True, True, True]
 
@@ -349,18 +488,34 @@ def test_cross_entropy_is_the_mean_over_words_that_are_not_padding(setting):
     objective.words = lambda captions: (inputs, targets)
     loss, figures = objective(None, features, None, None)
     logits = captioner(features, inputs)
-    losses = [-logits[tuple(at)].log_softmax(-1)[targets[tuple(at)]] for at in (targets != 0).nonzero().tolist()]
+    losses = [
+        -logits[tuple(at)].log_softmax(-1)[targets[tuple(at)]]
+        for at in (targets != 0).nonzero().tolist()
+    ]
     torch.testing.assert_close(loss, torch.stack(losses).mean())
     assert figures["words"] == len(losses)
-    gradients = (torch.autograd.grad(value, captioner.decoder_parameters(), allow_unused=True) for value in (loss, torch.stack(losses).mean()))
+    gradients = (
+        torch.autograd.grad(value, captioner.decoder_parameters(), allow_unused=True)
+        for value in (loss, torch.stack(losses).mean())
+    )
     for found, wanted in zip(*gradients):
-        assert (found is None) == (wanted is None) and (found is None or torch.allclose(found, wanted, atol=1e-12))
+        assert (found is None) == (wanted is None) and (
+            found is None or torch.allclose(found, wanted, atol=1e-12)
+        )
 
 
-@pytest.mark.parametrize("flags", [["--cider_tune"], ["--lrp_tune", "--decoder_lr", 1e-3], ["--lrp_cider_tune"]])
+@pytest.mark.parametrize(
+    "flags", [["--cider_tune"], ["--lrp_tune", "--decoder_lr", 1e-3], ["--lrp_cider_tune"]]
+)
 def test_tuning_in_bfloat16(trained, tmp_path, monkeypatch, flags):
-    rows = tune(monkeypatch, trained, tmp_path / "it.pt", *flags, "--max_iterations", 2, "--bfloat16")
-    assert all(value.dtype == torch.float32 for key, value in read_checkpoint(tmp_path / "it.pt")["state_dict"].items() if "num_batches" not in key)
+    rows = tune(
+        monkeypatch, trained, tmp_path / "it.pt", *flags, "--max_iterations", 2, "--bfloat16"
+    )
+    assert all(
+        value.dtype == torch.float32
+        for key, value in read_checkpoint(tmp_path / "it.pt")["state_dict"].items()
+        if "num_batches" not in key
+    )
     assert rows[-1]["loss"] == rows[-1]["loss"]
 
 
@@ -368,9 +523,23 @@ def test_a_share_of_the_start_is_kept_also_when_resumed(trained, tmp_path, monke
     flags = ["--lrp_tune", "--decoder_lr", 1e-2, "--start_share", 0.25, "--ema_decay", 0.5]
     tune(monkeypatch, trained, tmp_path / "whole.pt", *flags, "--max_iterations", 6)
     tune(monkeypatch, trained, tmp_path / "parts.pt", *flags, "--max_iterations", 3)  # an epoch
-    tune(monkeypatch, trained, tmp_path / "parts.pt", *flags, "--max_iterations", 6, "--resume", tmp_path / "parts.last.pt")
-    whole, parts, start = (read_checkpoint(path)["state_dict"] for path in (tmp_path / "whole.pt", tmp_path / "parts.pt", trained / "gridtd.pt"))
+    tune(
+        monkeypatch,
+        trained,
+        tmp_path / "parts.pt",
+        *flags,
+        "--max_iterations",
+        6,
+        "--resume",
+        tmp_path / "parts.last.pt",
+    )
+    whole, parts, start = (
+        read_checkpoint(path)["state_dict"]
+        for path in (tmp_path / "whole.pt", tmp_path / "parts.pt", trained / "gridtd.pt")
+    )
     average = read_checkpoint(tmp_path / "whole.last.pt")["training"]["average"]["average"]
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    torch.testing.assert_close(whole["fc.weight"], 0.75 * average["fc.weight"] + 0.25 * start["fc.weight"])
+    torch.testing.assert_close(
+        whole["fc.weight"], 0.75 * average["fc.weight"] + 0.25 * start["fc.weight"]
+    )
     assert not torch.allclose(average["fc.weight"], start["fc.weight"])

@@ -3,27 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from oracle_lrp import (
+    conv_transposed,
+    encoder_forward,
+    encoder_lrp,
+    gridtd_forward,
+    gridtd_lrp,
+    linear,
+    share,
+)
+from small_networks import TARGETS, TOKENS, D, E, H, L, frozen_cell, grid_td, kept, vgg_like
 from torch import nn
-
-from oracle_lrp import conv_transposed, encoder_forward, encoder_lrp, gridtd_forward, gridtd_lrp, linear, share
-
-E, H, D, L, V = 5, 4, 6, 3, 9
-TOKENS, TARGETS = [7, 2, 0, 5, 2], [2, 0, 5, 2, 8]
-
-
-def grid_td(biases=True, seed=0):
-    """A small random grid-TD captioner in float64, as named modules, and features (L,D) of one image."""
-    torch.manual_seed(seed)
-    modules = nn.ModuleDict({
-        "embedding": nn.Embedding(V, E), "image_projection": nn.Linear(D, H), "global_projection": nn.Linear(D, E),
-        "attention_lstm": nn.LSTMCell(H + 2 * E, H), "language_lstm": nn.LSTMCell(2 * H, H),
-        "sentinel_input": nn.Linear(H + 2 * E, H), "sentinel_hidden": nn.Linear(H, H),
-        "attention_visual": nn.Linear(H, H), "attention_hidden": nn.Linear(H, H, bias=False),
-        "attention_sentinel": nn.Linear(H, H), "attention_score": nn.Linear(H, 1, bias=False), "fc": nn.Linear(H, V),
-    }).double().requires_grad_(False)
-    for name, parameter in modules.named_parameters():
-        parameter.mul_(float(biases) if "bias" in name else 2.0)  # weights large enough for gates to differ
-    return modules, torch.rand(L, D, dtype=torch.float64)
 
 
 def torch_logits(modules, features, tokens):
@@ -55,40 +45,47 @@ def test_forward_agrees_with_torch():
 
 def test_without_epsilon_and_biases_all_relevance_arrives():
     modules, features = grid_td(biases=False)
-    feature_relevance, word_relevance, scores = gridtd_lrp(modules.state_dict(), features, TOKENS, TARGETS, epsilon=0)
+    feature_relevance, word_relevance, scores = gridtd_lrp(
+        modules.state_dict(), features, TOKENS, TARGETS, epsilon=0
+    )
     assert feature_relevance.shape == (5, L, D) and word_relevance.shape == (5, 5)
-    np.testing.assert_allclose(scores, torch_logits(modules, features, TOKENS)[0][range(5), TARGETS], rtol=1e-12)
-    np.testing.assert_allclose(feature_relevance.sum((1, 2)) + word_relevance.sum(1), scores, atol=1e-9, rtol=0)
-    assert not np.triu(word_relevance, 1).any() and np.tril(word_relevance).all(where=np.tri(5, dtype=bool))
-
-
-def kept(z, epsilon):
-    """The part of its relevance that an epsilon-site passes on."""
-    return z / (z + epsilon * np.where(z >= 0, 1, -1))
-
-
-def frozen_cell(params, name, cell, x, h, c, epsilon):
-    """The LSTM step with its gates, tanh(g)/g and h/c frozen at `cell`: linear in x, h and c."""
-    g = params[f"{name}.weight_ih"][2 * H:3 * H] @ x + params[f"{name}.weight_hh"][2 * H:3 * H] @ h
-    g = g * kept(cell["g"], epsilon)
-    c = (cell["i"] * np.tanh(cell["g"]) / cell["g"] * g + cell["f"] * c) * kept(cell["c"], epsilon)
-    return cell["h"] / cell["c"] * c, c
+    np.testing.assert_allclose(
+        scores, torch_logits(modules, features, TOKENS)[0][range(5), TARGETS], rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        feature_relevance.sum((1, 2)) + word_relevance.sum(1), scores, atol=1e-9, rtol=0
+    )
+    assert not np.triu(word_relevance, 1).any() and np.tril(word_relevance).all(
+        where=np.tri(5, dtype=bool)
+    )
 
 
 def frozen_logit(params, forward, last, target, a, words, epsilon):
     """The logit, linear in features a (L,D) and embeddings words (T,E): all else frozen, biases left out."""
     mean = a.mean(0) * kept(forward["mean"], epsilon)
-    v = (forward["v"] > 0) * (a @ params["image_projection.weight"].T) * kept(forward["v_before"], epsilon)
-    v_g = (forward["v_g"] > 0) * (params["global_projection.weight"] @ mean) * kept(forward["v_g_before"], epsilon)
+    v = (
+        (forward["v"] > 0)
+        * (a @ params["image_projection.weight"].T)
+        * kept(forward["v_before"], epsilon)
+    )
+    v_g = (
+        (forward["v_g"] > 0)
+        * (params["global_projection.weight"] @ mean)
+        * kept(forward["v_g_before"], epsilon)
+    )
     h1, c1, h2, c2 = np.zeros((4, H))
-    for step, word in zip(forward["steps"][:last + 1], words):
+    for step, word in zip(forward["steps"][: last + 1], words):
         cell = step["attention_lstm"]
-        h1, c1 = frozen_cell(params, "attention_lstm", cell, np.concatenate([h2, v_g, word]), h1, c1, epsilon)
+        h1, c1 = frozen_cell(
+            params, "attention_lstm", cell, np.concatenate([h2, v_g, word]), h1, c1, epsilon
+        )
         context = step["alpha"] @ v * kept(step["c"], epsilon)
         c_hat = (1 - step["beta"]) * context + step["beta"] * step["s"] / cell["c"] * c1
         c_hat = c_hat * kept(step["c_hat"], epsilon)
         cell = step["language_lstm"]
-        h2, c2 = frozen_cell(params, "language_lstm", cell, np.concatenate([c_hat, h1]), h2, c2, epsilon)
+        h2, c2 = frozen_cell(
+            params, "language_lstm", cell, np.concatenate([c_hat, h1]), h2, c2, epsilon
+        )
     z = (c_hat + h2) * kept(step["z"], epsilon)
     return params["fc.weight"][target] @ z * kept(step["logits"][target], epsilon)
 
@@ -99,9 +96,14 @@ def test_each_input_gets_its_share_of_the_frozen_logit(epsilon):
     modules, features = grid_td()
     params = {name: value.numpy() for name, value in modules.state_dict().items()}
     forward = gridtd_forward(params, features, TOKENS)
-    assert (forward["v"] == 0).any() and (forward["v"] > 0).any()  # both sides of the ReLU are tested
+    assert (forward["v"] == 0).any() and (
+        forward["v"] > 0
+    ).any()  # both sides of the ReLU are tested
     feature_relevance, word_relevance, _ = gridtd_lrp(params, features, TOKENS, TARGETS, epsilon)
-    embedded, nothing = params["embedding.weight"][TOKENS], (np.zeros((L, D)), np.zeros((len(TOKENS), E)))
+    embedded, nothing = (
+        params["embedding.weight"][TOKENS],
+        (np.zeros((L, D)), np.zeros((len(TOKENS), E))),
+    )
     for last, target in enumerate(TARGETS):
         for index in np.ndindex(L, D):
             only = nothing[0].copy()
@@ -123,7 +125,9 @@ def test_epsilon_rule_by_hand():
     np.testing.assert_allclose(linear(R, x, weight, np.array([2.0]), 0.5), [1.6, 1.6, -2.4])
     np.testing.assert_allclose(linear(R, x, weight, np.array([0.0]), 0.5), [8, 8, -12])
     # -2 = 1 + (-3): the stabiliser moves away from zero, -2 - 0.5, so R = 5 is shared as -2 * 1 and -2 * -3
-    np.testing.assert_allclose(share(np.array([5.0]), np.array([1.0, -3.0]), np.array([-2.0]), 0.5), [-2, 6])
+    np.testing.assert_allclose(
+        share(np.array([5.0]), np.array([1.0, -3.0]), np.array([-2.0]), 0.5), [-2, 6]
+    )
     assert share(np.zeros(1), np.zeros(1), np.zeros(1), 0) == 0  # 0/0 := 0
 
 
@@ -136,16 +140,33 @@ def test_model_of_one_unit_each_by_hand(epsilon):
     # epsilon as the sum (2) and as v (2); s goes to c1, g = 1 and there half to the word, half to v_g = 2, mean = 2.
     zero = np.zeros
     params = {
-        "embedding.weight": np.ones((1, 1)), "fc.weight": np.ones((1, 1)), "fc.bias": zero(1),
-        "image_projection.weight": np.ones((1, 1)), "image_projection.bias": zero(1),
-        "global_projection.weight": np.ones((1, 1)), "global_projection.bias": zero(1),
+        "embedding.weight": np.ones((1, 1)),
+        "fc.weight": np.ones((1, 1)),
+        "fc.bias": zero(1),
+        "image_projection.weight": np.ones((1, 1)),
+        "image_projection.bias": zero(1),
+        "global_projection.weight": np.ones((1, 1)),
+        "global_projection.bias": zero(1),
         "attention_lstm.weight_ih": np.array([[0, 0, 0], [0, 0, 0], [0, 0.25, 0.5], [0, 0, 0]]),
-        "language_lstm.weight_ih": zero((4, 2)), "sentinel_input.weight": zero((1, 3)), "sentinel_input.bias": zero(1),
+        "language_lstm.weight_ih": zero((4, 2)),
+        "sentinel_input.weight": zero((1, 3)),
+        "sentinel_input.bias": zero(1),
         **{f"{cell}_lstm.weight_hh": zero((4, 1)) for cell in ("attention", "language")},
         **{f"{cell}_lstm.bias_{x}h": zero(4) for cell in ("attention", "language") for x in "ih"},
-        **{f"{name}.weight": zero((1, 1)) for name in ("sentinel_hidden", "attention_visual", "attention_hidden",
-                                                       "attention_sentinel", "attention_score")},
-        **{f"{name}.bias": zero(1) for name in ("sentinel_hidden", "attention_visual", "attention_sentinel")},
+        **{
+            f"{name}.weight": zero((1, 1))
+            for name in (
+                "sentinel_hidden",
+                "attention_visual",
+                "attention_hidden",
+                "attention_sentinel",
+                "attention_score",
+            )
+        },
+        **{
+            f"{name}.bias": zero(1)
+            for name in ("sentinel_hidden", "attention_visual", "attention_sentinel")
+        },
     }
     c1 = np.tanh(1) / 2
     q = 1 + np.tanh(c1) / 4
@@ -158,31 +179,22 @@ def test_model_of_one_unit_each_by_hand(epsilon):
     np.testing.assert_allclose(feature_relevance, [[[(top + through_cell) * at_two]]])
 
 
-def vgg_like(biases=True, seed=0):
-    """A small convolutional network with max-pooling in PyTorch and the same as the oracle's list of layers."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, bias=biases), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1, bias=biases), nn.ReLU(),
-        nn.MaxPool2d(2, 2), nn.Conv2d(5, 6, 3, padding=1, stride=2, bias=biases), nn.ReLU(),
-        nn.MaxPool2d(3, 2)).double().requires_grad_(False)
-    layers = []
-    for layer in model:
-        if isinstance(layer, nn.Conv2d):
-            layers.append(("conv", layer.weight, layer.bias, layer.stride, layer.padding))
-        elif isinstance(layer, nn.MaxPool2d):
-            layers.append(("maxpool", layer.kernel_size, layer.stride))
-        else:
-            layers.append(("relu",))
-    return model, layers
-
-
 def test_encoder_forward_and_transpose_agree_with_torch():
     model, layers = vgg_like()
     image = torch.randn(3, 21, 19, dtype=torch.float64)
-    np.testing.assert_allclose(encoder_forward(layers, image)[-1], model(image[None])[0], atol=1e-12)
-    y, weight = torch.randn(6, 5, 4, dtype=torch.float64), torch.randn(6, 5, 3, 3, dtype=torch.float64)
-    expected = nn.functional.conv_transpose2d(y[None], weight, stride=2, padding=1, output_padding=1)[0]
-    np.testing.assert_allclose(conv_transposed(y.numpy(), weight.numpy(), 2, 1, (5, 10, 8)), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        encoder_forward(layers, image)[-1], model(image[None])[0], atol=1e-12
+    )
+    y, weight = (
+        torch.randn(6, 5, 4, dtype=torch.float64),
+        torch.randn(6, 5, 3, 3, dtype=torch.float64),
+    )
+    expected = nn.functional.conv_transpose2d(
+        y[None], weight, stride=2, padding=1, output_padding=1
+    )[0]
+    np.testing.assert_allclose(
+        conv_transposed(y.numpy(), weight.numpy(), 2, 1, (5, 10, 8)), expected, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("weights", ["non-negative", "mixed"])
@@ -201,23 +213,35 @@ def test_encoder_conserves_relevance(weights):
 def test_encoder_by_hand():
     # 1x1 convolutions of x = (1, -2, 3) with w = (2, -1, -1) and bias 9: the positive products are 1*2 and -2*-1, so
     # z = 4 and R = 8 gives 4, 4, 0. Of the pool's (1, 5, 5, 2) the first 5 wins. Where z = 0 the relevance ends.
-    layers = [("conv", np.array([2.0, -1.0, -1.0]).reshape(1, 3, 1, 1), np.array([9.0]), 1, 0), ("relu",)]
+    layers = [
+        ("conv", np.array([2.0, -1.0, -1.0]).reshape(1, 3, 1, 1), np.array([9.0]), 1, 0),
+        ("relu",),
+    ]
     image = np.array([1.0, -2.0, 3.0]).reshape(3, 1, 1)
     assert encoder_lrp(layers, image, [[[8.0]]]).ravel().tolist() == [4, 4, 0]
-    assert encoder_lrp([("maxpool", 2, 2)], [[[1.0, 5.0], [5.0, 2.0]]], [[[8.0]]]).ravel().tolist() == [0, 8, 0, 0]
+    assert encoder_lrp(
+        [("maxpool", 2, 2)], [[[1.0, 5.0], [5.0, 2.0]]], [[[8.0]]]
+    ).ravel().tolist() == [0, 8, 0, 0]
     assert not encoder_lrp(layers, -image * [[[1]], [[0]], [[-1]]], [[[8.0]]]).any()
 
 
 def test_encoder_agrees_with_zennit():
-    rules, composites = pytest.importorskip("zennit.rules"), pytest.importorskip("zennit.composites")
+    rules, composites = (
+        pytest.importorskip("zennit.rules"),
+        pytest.importorskip("zennit.composites"),
+    )
     types = pytest.importorskip("zennit.types")
     model, layers = vgg_like()
     image = torch.randn(1, 3, 20, 20, dtype=torch.float64, requires_grad=True)
     alpha1_beta0 = rules.AlphaBeta(alpha=1, beta=0, stabilizer=1e-14, zero_params=["bias"])
-    composite = composites.LayerMapComposite([(types.Convolution, alpha1_beta0), (types.Activation, rules.Pass())])
+    composite = composites.LayerMapComposite(
+        [(types.Convolution, alpha1_beta0), (types.Activation, rules.Pass())]
+    )
     with composite.context(model) as hooked:
         output = hooked(image)
         R_out = torch.randn_like(output)
-        expected, = torch.autograd.grad(output, image, R_out)
+        (expected,) = torch.autograd.grad(output, image, R_out)
     assert expected.any()
-    np.testing.assert_allclose(encoder_lrp(layers, image[0].detach(), R_out[0]), expected[0], rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(
+        encoder_lrp(layers, image[0].detach(), R_out[0]), expected[0], rtol=1e-8, atol=1e-10
+    )

@@ -5,12 +5,20 @@ import functools
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
 from oracle_lrp import encoder_lrp
-from oracle_models import (adaptive_forward, adaptive_lrp, aoa_forward, aoa_lrp, as_cell, graph_forward, graph_lrp,
-                           gridtd_forward, gridtd_lrp)
-from test_oracle_lrp import TARGETS, TOKENS, D, E, H, L, V, frozen_cell, grid_td, kept, vgg_like
+from oracle_models import (
+    adaptive_forward,
+    adaptive_lrp,
+    aoa_forward,
+    aoa_lrp,
+    as_cell,
+    graph_forward,
+    graph_lrp,
+    gridtd_forward,
+    gridtd_lrp,
+)
+from small_networks import TARGETS, TOKENS, D, E, H, L, V, frozen_cell, grid_td, kept, vgg_like
+from torch import nn
 
 N = 2
 T = len(TOKENS)
@@ -19,7 +27,11 @@ T = len(TOKENS)
 def captioner(modules, biases, seed):
     """Named modules as a random float64 model, weights large enough for gates to differ."""
     torch.manual_seed(seed)
-    modules = nn.ModuleDict({name: make() for name, make in modules.items()}).double().requires_grad_(False)
+    modules = (
+        nn.ModuleDict({name: make() for name, make in modules.items()})
+        .double()
+        .requires_grad_(False)
+    )
     for name, parameter in modules.named_parameters():
         parameter.mul_(float(biases) if "bias" in name else 2.0)
     return modules
@@ -27,34 +39,63 @@ def captioner(modules, biases, seed):
 
 def adaptive(biases=True, seed=0):
     """A small adaptive captioner and features (L,D) of one image."""
+
     def line(*sizes, bias=True):
         return functools.partial(nn.Linear, *sizes, bias=bias)
-    modules = captioner({
-        "embedding": lambda: nn.Embedding(V, E), "image_projection": line(D, H), "global_projection": line(D, E),
-        "lstm": lambda: nn.LSTM(2 * E, H), "sentinel_input": line(2 * E, H), "sentinel_hidden": line(H, H),
-        "attention_visual": line(H, H), "attention_hidden": line(H, H, bias=False), "attention_sentinel": line(H, H),
-        "attention_score": line(H, 1, bias=False), "fc": line(H, V)}, biases, seed)
+
+    modules = captioner(
+        {
+            "embedding": lambda: nn.Embedding(V, E),
+            "image_projection": line(D, H),
+            "global_projection": line(D, E),
+            "lstm": lambda: nn.LSTM(2 * E, H),
+            "sentinel_input": line(2 * E, H),
+            "sentinel_hidden": line(H, H),
+            "attention_visual": line(H, H),
+            "attention_hidden": line(H, H, bias=False),
+            "attention_sentinel": line(H, H),
+            "attention_score": line(H, 1, bias=False),
+            "fc": line(H, V),
+        },
+        biases,
+        seed,
+    )
     return modules, torch.rand(L, D, dtype=torch.float64)
 
 
 def aoa(biases=True, seed=0):
     """A small multi-head captioner and features (L,D) of one image."""
-    square = {name: functools.partial(nn.Linear, H, H)
-              for name in ("key", "value", "query", "context_projection", "context_gate")}
-    modules = captioner({
-        "embedding": lambda: nn.Embedding(V, E), "image_projection": lambda: nn.Linear(D, H),
-        "lstm": lambda: nn.LSTM(E + H, H), **square, "fc": lambda: nn.Linear(H, V)}, biases, seed)
+    square = {
+        name: functools.partial(nn.Linear, H, H)
+        for name in ("key", "value", "query", "context_projection", "context_gate")
+    }
+    modules = captioner(
+        {
+            "embedding": lambda: nn.Embedding(V, E),
+            "image_projection": lambda: nn.Linear(D, H),
+            "lstm": lambda: nn.LSTM(E + H, H),
+            **square,
+            "fc": lambda: nn.Linear(H, V),
+        },
+        biases,
+        seed,
+    )
     return modules, torch.rand(L, D, dtype=torch.float64)
 
 
-MODELS = {"adaptive": (adaptive, adaptive_forward, adaptive_lrp),
-          "aoa": (aoa, functools.partial(aoa_forward, heads=N), functools.partial(aoa_lrp, heads=N)),
-          "gridtd": (grid_td, gridtd_forward, gridtd_lrp)}
+MODELS = {
+    "adaptive": (adaptive, adaptive_forward, adaptive_lrp),
+    "aoa": (aoa, functools.partial(aoa_forward, heads=N), functools.partial(aoa_lrp, heads=N)),
+    "gridtd": (grid_td, gridtd_forward, gridtd_lrp),
+}
 
 
 def torch_adaptive(modules, features, tokens):
     """The adaptive captioner in PyTorch's own words: logits (T,V), alpha (T,L), beta (T,)."""
-    v, v_g = modules["image_projection"](features).relu(), modules["global_projection"](features.mean(0)).relu()
+    v, v_g = (
+        modules["image_projection"](features).relu(),
+        modules["global_projection"](features.mean(0)).relu(),
+    )
     h, c = torch.zeros(2, 1, H, dtype=torch.float64)
     rows = []
     for token in tokens:
@@ -73,31 +114,43 @@ def torch_adaptive(modules, features, tokens):
 def torch_aoa(modules, features, tokens):
     """The multi-head captioner with nn.LSTM over the whole caption and nn.MultiheadAttention: logits, alpha (T,N,L)."""
     v = modules["image_projection"](features).relu()
-    x = torch.cat([modules["embedding"](torch.tensor(tokens)), v.mean(0).expand(len(tokens), -1)], 1)
+    x = torch.cat(
+        [modules["embedding"](torch.tensor(tokens)), v.mean(0).expand(len(tokens), -1)], 1
+    )
     h = modules["lstm"](x)[0]
     attention = nn.MultiheadAttention(H, N).double().eval()
     names = ("query", "key", "value")
-    attention.load_state_dict({
-        "in_proj_weight": torch.cat([modules[name].weight for name in names]),
-        "in_proj_bias": torch.cat([modules[name].bias for name in names]),
-        "out_proj.weight": torch.eye(H), "out_proj.bias": torch.zeros(H)})
+    attention.load_state_dict(
+        {
+            "in_proj_weight": torch.cat([modules[name].weight for name in names]),
+            "in_proj_bias": torch.cat([modules[name].bias for name in names]),
+            "out_proj.weight": torch.eye(H),
+            "out_proj.bias": torch.zeros(H),
+        }
+    )
     with torch.no_grad():
         ctx, alpha = attention(h, v, v, average_attn_weights=False)
-    c = torch.nn.functional.glu(torch.cat([modules["context_projection"](ctx), modules["context_gate"](h)], 1))
+    c = torch.nn.functional.glu(
+        torch.cat([modules["context_projection"](ctx), modules["context_gate"](h)], 1)
+    )
     return modules["fc"](c + h), alpha.transpose(0, 1)
 
 
 def test_adaptive_forward_agrees_with_torch():
     modules, features = adaptive()
     forward = adaptive_forward(modules.state_dict(), features, TOKENS)
-    for name, expected in zip(("logits", "alpha", "beta"), torch_adaptive(modules, features, TOKENS), strict=True):
+    for name, expected in zip(
+        ("logits", "alpha", "beta"), torch_adaptive(modules, features, TOKENS), strict=True
+    ):
         np.testing.assert_allclose(forward[name], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_aoa_forward_agrees_with_torch():
     modules, features = aoa()
     forward = aoa_forward(modules.state_dict(), features, TOKENS, heads=N)
-    for name, expected in zip(("logits", "alpha"), torch_aoa(modules, features, TOKENS), strict=True):
+    for name, expected in zip(
+        ("logits", "alpha"), torch_aoa(modules, features, TOKENS), strict=True
+    ):
         np.testing.assert_allclose(forward[name], expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError):
         aoa_forward(modules.state_dict(), features, TOKENS, heads=3)
@@ -107,17 +160,25 @@ def test_aoa_forward_agrees_with_torch():
 def test_without_epsilon_and_biases_all_relevance_arrives(model):
     build, forward, explain = MODELS[model]
     modules, features = build(biases=False)
-    feature_relevance, word_relevance, scores = explain(modules.state_dict(), features, TOKENS, TARGETS, epsilon=0)
+    feature_relevance, word_relevance, scores = explain(
+        modules.state_dict(), features, TOKENS, TARGETS, epsilon=0
+    )
     assert feature_relevance.shape == (T, L, D) and word_relevance.shape == (T, T)
-    np.testing.assert_array_equal(scores, forward(modules.state_dict(), features, TOKENS)["logits"][range(T), TARGETS])
-    np.testing.assert_allclose(feature_relevance.sum((1, 2)) + word_relevance.sum(1), scores, atol=1e-9, rtol=0)
-    assert not np.triu(word_relevance, 1).any() and np.tril(word_relevance).all(where=np.tri(T, dtype=bool))
+    np.testing.assert_array_equal(
+        scores, forward(modules.state_dict(), features, TOKENS)["logits"][range(T), TARGETS]
+    )
+    np.testing.assert_allclose(
+        feature_relevance.sum((1, 2)) + word_relevance.sum(1), scores, atol=1e-9, rtol=0
+    )
+    assert not np.triu(word_relevance, 1).any() and np.tril(word_relevance).all(
+        where=np.tri(T, dtype=bool)
+    )
 
 
 def frozen_lstm(params, forward, last, v_g, words, epsilon):
     """h and c of step `last`, linear in v_g and the embeddings words (T,E)."""
     h, c = np.zeros((2, H))
-    for step, word in zip(forward["steps"][:last + 1], words):
+    for step, word in zip(forward["steps"][: last + 1], words):
         h, c = frozen_cell(params, "lstm", step["lstm"], np.concatenate([word, v_g]), h, c, epsilon)
     return h, c
 
@@ -131,9 +192,17 @@ def frozen_logit(params, step, context, h, target, epsilon):
 def frozen_adaptive(params, forward, last, target, a, words, epsilon):
     """The logit, linear in features a (L,D) and embeddings words (T,E): all else frozen, biases left out."""
     step = forward["steps"][last]
-    v = (forward["v"] > 0) * (a @ params["image_projection.weight"].T) * kept(forward["v_before"], epsilon)
+    v = (
+        (forward["v"] > 0)
+        * (a @ params["image_projection.weight"].T)
+        * kept(forward["v_before"], epsilon)
+    )
     mean = a.mean(0) * kept(forward["mean"], epsilon)
-    v_g = (forward["v_g"] > 0) * (params["global_projection.weight"] @ mean) * kept(forward["v_g_before"], epsilon)
+    v_g = (
+        (forward["v_g"] > 0)
+        * (params["global_projection.weight"] @ mean)
+        * kept(forward["v_g_before"], epsilon)
+    )
     h, c = frozen_lstm(params, forward, last, v_g, words, epsilon)
     context = step["alpha"] @ v * kept(step["c"], epsilon)
     c_hat = (1 - step["beta"]) * context + step["beta"] * step["s"] / step["lstm"]["c"] * c
@@ -143,11 +212,24 @@ def frozen_adaptive(params, forward, last, target, a, words, epsilon):
 def frozen_aoa(params, forward, last, target, a, words, epsilon):
     """The same of the multi-head captioner."""
     step = forward["steps"][last]
-    v = (forward["v"] > 0) * (a @ params["image_projection.weight"].T) * kept(forward["v_before"], epsilon)
-    h, _ = frozen_lstm(params, forward, last, v.mean(0) * kept(forward["v_g"], epsilon), words, epsilon)
+    v = (
+        (forward["v"] > 0)
+        * (a @ params["image_projection.weight"].T)
+        * kept(forward["v_before"], epsilon)
+    )
+    h, _ = frozen_lstm(
+        params, forward, last, v.mean(0) * kept(forward["v_g"], epsilon), words, epsilon
+    )
     value = v @ params["value.weight"].T * kept(forward["value"], epsilon)
-    ctx = np.einsum("np,pnd->nd", step["alpha"], value.reshape(L, N, H // N)).ravel() * kept(step["ctx"], epsilon)
-    c = step["c"] / step["c_before"] * (params["context_projection.weight"] @ ctx) * kept(step["c_before"], epsilon)
+    ctx = np.einsum("np,pnd->nd", step["alpha"], value.reshape(L, N, H // N)).ravel() * kept(
+        step["ctx"], epsilon
+    )
+    c = (
+        step["c"]
+        / step["c_before"]
+        * (params["context_projection.weight"] @ ctx)
+        * kept(step["c_before"], epsilon)
+    )
     return frozen_logit(params, step, c, h, target, epsilon)
 
 
@@ -160,8 +242,14 @@ def test_each_input_gets_its_share_of_the_frozen_logit(model, frozen, epsilon):
     params, features = as_cell(modules.state_dict()), features.numpy()
     values = forward(modules.state_dict(), features, TOKENS)
     assert (values["v"] == 0).any() and (values["v"] > 0).any()  # both sides of the ReLU are tested
-    feature_relevance, word_relevance, _ = explain(modules.state_dict(), features, TOKENS, TARGETS, epsilon)
-    embedded, no_features, no_words = params["embedding.weight"][TOKENS], np.zeros((L, D)), np.zeros((T, E))
+    feature_relevance, word_relevance, _ = explain(
+        modules.state_dict(), features, TOKENS, TARGETS, epsilon
+    )
+    embedded, no_features, no_words = (
+        params["embedding.weight"][TOKENS],
+        np.zeros((L, D)),
+        np.zeros((T, E)),
+    )
     for last, target in enumerate(TARGETS):
         for index in np.ndindex(L, D):
             only = no_features.copy()
@@ -184,7 +272,9 @@ def test_permuted_regions_permute_relevance(model):
     np.testing.assert_allclose(permuted[0], expected[0][:, order], atol=1e-12)
     np.testing.assert_allclose(permuted[1], expected[1], atol=1e-12)
     alpha = forward(params, features[order], TOKENS)["alpha"]
-    np.testing.assert_allclose(alpha, forward(params, features, TOKENS)["alpha"][..., order], atol=1e-12)
+    np.testing.assert_allclose(
+        alpha, forward(params, features, TOKENS)["alpha"][..., order], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -194,7 +284,10 @@ def test_masked_regions_equal_dropped_ones(model):
     params, mask = modules.state_dict(), np.array([True, False, True, True, False])
     padded = np.full((5, D), 1e3)  # padding that would show
     padded[mask] = features
-    expected, got = explain(params, features, TOKENS, TARGETS), explain(params, padded, TOKENS, TARGETS, mask=mask)
+    expected, got = (
+        explain(params, features, TOKENS, TARGETS),
+        explain(params, padded, TOKENS, TARGETS, mask=mask),
+    )
     np.testing.assert_array_equal(got[0][:, mask], expected[0])
     np.testing.assert_array_equal(got[1], expected[1])
     np.testing.assert_array_equal(got[2], expected[2])
@@ -245,31 +338,59 @@ def conv_relu(*sizes, **settings):
 def fire_like(biases):
     """SqueezeNet's way: squeeze, expand by 1x1 beside 3x3, pools rounded up."""
     chain = functools.partial(conv_relu, bias=biases)
-    return nn.Sequential(*chain(3, 6, 3, stride=2), nn.MaxPool2d(3, 2, ceil_mode=True), *chain(6, 4, 1), Concat([
-        nn.Sequential(*chain(4, 5, 1)), nn.Sequential(*chain(4, 6, 3, padding=1))]), nn.MaxPool2d(3, 2, ceil_mode=True))
+    return nn.Sequential(
+        *chain(3, 6, 3, stride=2),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        *chain(6, 4, 1),
+        Concat([nn.Sequential(*chain(4, 5, 1)), nn.Sequential(*chain(4, 6, 3, padding=1))]),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+    )
 
 
 def bottleneck_like(biases):
     """ResNet's way: a padded pool, one block with a strided projection, one with the identity as its shortcut."""
     chain = functools.partial(conv_relu, bias=biases)
     conv = functools.partial(nn.Conv2d, bias=biases)
-    first = Residual(nn.Sequential(*chain(6, 5, 1), *chain(5, 5, 3, stride=2, padding=1), conv(5, 8, 1)),
-                     nn.Sequential(conv(6, 8, 1, stride=2)))
+    first = Residual(
+        nn.Sequential(*chain(6, 5, 1), *chain(5, 5, 3, stride=2, padding=1), conv(5, 8, 1)),
+        nn.Sequential(conv(6, 8, 1, stride=2)),
+    )
     second = Residual(nn.Sequential(*chain(8, 5, 1), conv(5, 8, 3, padding=1)), nn.Sequential())
-    return nn.Sequential(*chain(3, 6, 7, stride=2, padding=3), nn.MaxPool2d(3, 2, 1),
-                         first, nn.ReLU(), second, nn.ReLU())
+    return nn.Sequential(
+        *chain(3, 6, 7, stride=2, padding=3),
+        nn.MaxPool2d(3, 2, 1),
+        first,
+        nn.ReLU(),
+        second,
+        nn.ReLU(),
+    )
 
 
 def inception_like(biases):
     """Inception's way: factorised kernels, a padded mean as a branch, branches within a branch."""
     chain = functools.partial(conv_relu, bias=biases)
-    split = Concat([nn.Sequential(*chain(6, 3, (1, 3), padding=(0, 1))),
-                    nn.Sequential(*chain(6, 4, (3, 1), padding=(1, 0)))])
-    return nn.Sequential(*chain(3, 6, 3), Concat([
-        nn.Sequential(*chain(6, 5, 1), *chain(5, 5, (1, 7), padding=(0, 3)), *chain(5, 6, (7, 1), padding=(3, 0))),
-        nn.Sequential(*chain(6, 6, 1), split),
-        nn.Sequential(nn.AvgPool2d(3, 1, 1), *chain(6, 4, 1))]),
-        nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d((2, 3), 2))
+    split = Concat(
+        [
+            nn.Sequential(*chain(6, 3, (1, 3), padding=(0, 1))),
+            nn.Sequential(*chain(6, 4, (3, 1), padding=(1, 0))),
+        ]
+    )
+    return nn.Sequential(
+        *chain(3, 6, 3),
+        Concat(
+            [
+                nn.Sequential(
+                    *chain(6, 5, 1),
+                    *chain(5, 5, (1, 7), padding=(0, 3)),
+                    *chain(5, 6, (7, 1), padding=(3, 0)),
+                ),
+                nn.Sequential(*chain(6, 6, 1), split),
+                nn.Sequential(nn.AvgPool2d(3, 1, 1), *chain(6, 4, 1)),
+            ]
+        ),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d((2, 3), 2),
+    )
 
 
 NETWORKS = [fire_like, bottleneck_like, inception_like]
@@ -287,7 +408,7 @@ def as_graph(module):
         case nn.Conv2d():
             return "conv", module.weight, module.bias, module.stride, module.padding
         case nn.ReLU():
-            return "relu",
+            return ("relu",)
         case nn.MaxPool2d():
             return "maxpool", module.kernel_size, module.stride, module.padding, module.ceil_mode
         case nn.AvgPool2d():
@@ -309,15 +430,21 @@ def test_graph_forward_agrees_with_torch(build):
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8])
-@pytest.mark.parametrize("kernel, stride, padding",
-                         [(3, 2, 0), (3, 2, 1), (2, 3, 1), (2, 2, 1), ((3, 2), (2, 1), (1, 0))])
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [(3, 2, 0), (3, 2, 1), (2, 3, 1), (2, 2, 1), ((3, 2), (2, 1), (1, 0))],
+)
 def test_pools_agree_with_torch(size, kernel, stride, padding):
     x = torch.randn(2, size, size + 1, dtype=torch.float64)
     for ceil_mode in (False, True):
         expected = nn.functional.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
-        np.testing.assert_array_equal(graph_forward(("maxpool", kernel, stride, padding, ceil_mode), x), expected)
+        np.testing.assert_array_equal(
+            graph_forward(("maxpool", kernel, stride, padding, ceil_mode), x), expected
+        )
     expected = nn.functional.avg_pool2d(x, kernel, stride, padding)
-    np.testing.assert_allclose(graph_forward(("avgpool", kernel, stride, padding), x), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        graph_forward(("avgpool", kernel, stride, padding), x), expected, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("build", NETWORKS)
@@ -329,7 +456,12 @@ def test_graph_conserves_relevance(build, weights):
     relevance (rightly): their weights are non-negative in both cases.
     """
     model, image = network(build, biases=False)
-    addends = [branch[-1:] for block in model if isinstance(block, Residual) for branch in (block.main, block.shortcut)]
+    addends = [
+        branch[-1:]
+        for block in model
+        if isinstance(block, Residual)
+        for branch in (block.main, block.shortcut)
+    ]
     if weights == "non-negative":
         image.abs_()
     for part in [model] if weights == "non-negative" else addends:
@@ -344,18 +476,28 @@ def test_graph_conserves_relevance(build, weights):
 
 @pytest.mark.parametrize("build", NETWORKS)
 def test_graph_agrees_with_zennit(build):
-    rules, composites = pytest.importorskip("zennit.rules"), pytest.importorskip("zennit.composites")
+    rules, composites = (
+        pytest.importorskip("zennit.rules"),
+        pytest.importorskip("zennit.composites"),
+    )
     types = pytest.importorskip("zennit.types")
     model, image = network(build)
     image = image[None].requires_grad_()
-    composite = composites.LayerMapComposite([
-        (types.Convolution, rules.AlphaBeta(alpha=1, beta=0, stabilizer=1e-14, zero_params=["bias"])),
-        (types.Activation, rules.Pass()), (nn.AvgPool2d, rules.Norm(stabilizer=1e-14)),
-        (Total, rules.Norm(stabilizer=0.01))])
+    composite = composites.LayerMapComposite(
+        [
+            (
+                types.Convolution,
+                rules.AlphaBeta(alpha=1, beta=0, stabilizer=1e-14, zero_params=["bias"]),
+            ),
+            (types.Activation, rules.Pass()),
+            (nn.AvgPool2d, rules.Norm(stabilizer=1e-14)),
+            (Total, rules.Norm(stabilizer=0.01)),
+        ]
+    )
     with composite.context(model) as hooked:
         output = hooked(image)
         R_out = torch.randn_like(output)
-        expected, = torch.autograd.grad(output, image, R_out)
+        (expected,) = torch.autograd.grad(output, image, R_out)
     assert expected.any()
     R = graph_lrp(as_graph(model), image[0].detach(), R_out[0])
     np.testing.assert_allclose(R, expected[0], rtol=1e-8, atol=1e-10)
@@ -365,7 +507,9 @@ def test_sequence_is_the_chain_of_the_first_oracle():
     model, layers = vgg_like()
     image = torch.randn(3, 20, 20, dtype=torch.float64)
     R_out = torch.randn_like(model(image[None])[0])
-    np.testing.assert_array_equal(graph_lrp(("sequence", layers), image, R_out), encoder_lrp(layers, image, R_out))
+    np.testing.assert_array_equal(
+        graph_lrp(("sequence", layers), image, R_out), encoder_lrp(layers, image, R_out)
+    )
 
 
 def test_residual_by_hand():
@@ -382,10 +526,15 @@ def test_residual_by_hand():
     # gives the shortcut -1 * 7/-3.5 = 2; main's 4 ends again. Two shortcuts, -1 - 1, get -1 * 7/-2.5 each.
     minus = ("conv", np.full((1, 1, 1, 1), -1.0), None, 1, 0)
     twice = ("conv", np.full((1, 1, 1, 1), 2.0), None, 1, 0)
-    assert graph_lrp(("residual", minus, ("sequence", [])), [[[2.0]]], [[[1.0]]], epsilon=0.5).item() == 4
+    assert (
+        graph_lrp(("residual", minus, ("sequence", [])), [[[2.0]]], [[[1.0]]], epsilon=0.5).item()
+        == 4
+    )
     same = ("sequence", [])
     assert graph_lrp(("residual", twice, same), [[[-1.0]]], [[[7.0]]], epsilon=0.5).item() == 2
-    assert graph_lrp(("residual", same, same), [[[-1.0]]], [[[7.0]]], epsilon=0.5).item() == pytest.approx(5.6)
+    assert graph_lrp(
+        ("residual", same, same), [[[-1.0]]], [[[7.0]]], epsilon=0.5
+    ).item() == pytest.approx(5.6)
 
 
 def test_pools_by_hand():

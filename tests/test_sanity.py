@@ -1,6 +1,6 @@
 """What any explanation must do: depend on the weights, cost the same every time, leave no memory behind.
 
-    python tests/test_sanity.py      # prints how maps change as the weights are randomised, stage by stage
+python tests/test_sanity.py      # prints how maps change as the weights are randomised, stage by stage
 """
 
 import resource
@@ -15,11 +15,18 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from captiondata import image_transform, load_image  # noqa: E402 (the path comes first)
-from captioner import METHODS, load_captioner  # noqa: E402
-from test_lrp_utils import random_captioner  # noqa: E402
+from helpers import random_captioner  # noqa: E402
 
-STAGES = ("fc", "language_lstm", "attention_lstm", "image_projection", "encoder")  # from the words to the pixels
+from captioner import METHODS, load_captioner  # noqa: E402
+from images import image_transform, load_image  # noqa: E402 (the path comes first)
+
+STAGES = (
+    "fc",
+    "language_lstm",
+    "attention_lstm",
+    "image_projection",
+    "encoder",
+)  # from the words to the pixels
 DRAWS = 5  # of random weights: one alone moves a correlation by tenths
 
 
@@ -36,7 +43,9 @@ def randomised(stages, seed=0):
 
 def rank_correlation(one, other):
     """Spearman's correlation of two tensors of the same shape."""
-    ranks = [torch.argsort(torch.argsort(value.flatten())).double().numpy() for value in (one, other)]
+    ranks = [
+        torch.argsort(torch.argsort(value.flatten())).double().numpy() for value in (one, other)
+    ]
     return np.corrcoef(*ranks)[0, 1]
 
 
@@ -51,7 +60,12 @@ def randomisation_correlations(method, depths=range(1, len(STAGES) + 1)):
 
     original = maps(randomised(()))
     return [
-        np.mean([abs(rank_correlation(original, maps(randomised(STAGES[:depth], seed)))) for seed in range(DRAWS)])
+        np.mean(
+            [
+                abs(rank_correlation(original, maps(randomised(STAGES[:depth], seed))))
+                for seed in range(DRAWS)
+            ]
+        )
         for depth in depths
     ]
 
@@ -62,7 +76,9 @@ def test_maps_change_when_weights_are_randomised(method):
     decoder; attention does not depend on the last layer."""
     last_layer, everything = randomisation_correlations(method, depths=(1, len(STAGES)))
     assert everything < 0.5
-    assert last_layer < {"guided_gradcam": 0.8, "guided_backprop": 1, "attention": 1.01}.get(method, 0.6)
+    assert last_layer < {"guided_gradcam": 0.8, "guided_backprop": 1, "attention": 1.01}.get(
+        method, 0.6
+    )
 
 
 def test_explaining_again_and_again_takes_no_more_memory_and_gives_the_same():
@@ -74,7 +90,9 @@ def test_explaining_again_and_again_takes_no_more_memory_and_gives_the_same():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(200):
         last = captioner.explain(image, caption)[0]
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # MiB (kilobytes on Linux)
+    grown = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    ) / 1024  # MiB (kilobytes on Linux)
     assert grown < 30
     assert torch.equal(first.image_relevance, last.image_relevance)
 
@@ -83,7 +101,9 @@ def test_relevance_of_permuted_regions_is_permuted():
     for model_type in ("adaptive", "gridtd", "aoa"):
         captioner = random_captioner(model_type=model_type)
         features, order = torch.rand(1, 9, 256, dtype=torch.float64), torch.randperm(9)
-        plain, permuted = (region_relevance(captioner, grid) for grid in (features, features[:, order]))
+        plain, permuted = (
+            region_relevance(captioner, grid) for grid in (features, features[:, order])
+        )
         torch.testing.assert_close(permuted, plain[:, order])
 
 
@@ -92,7 +112,9 @@ def region_relevance(captioner, features):
     captioner = captioner.double()
     encoder, captioner.encoder = captioner.encoder, Given(features)
     try:
-        return captioner.explain(torch.zeros(1, 3, 4, 4, dtype=torch.float64), [["w1", "w2"]])[0].region_relevance
+        return captioner.explain(torch.zeros(1, 3, 4, 4, dtype=torch.float64), [["w1", "w2"]])[
+            0
+        ].region_relevance
     finally:
         captioner.encoder = encoder
 
@@ -119,4 +141,10 @@ class Given(nn.Module):
 if __name__ == "__main__":
     print(f"{'randomised up to':18s}" + "  ".join(STAGES))
     for name in METHODS:
-        print(f"{name:18s}" + "  ".join(f"{value:{len(stage)}.2f}" for stage, value in zip(STAGES, randomisation_correlations(name))))
+        print(
+            f"{name:18s}"
+            + "  ".join(
+                f"{value:{len(stage)}.2f}"
+                for stage, value in zip(STAGES, randomisation_correlations(name))
+            )
+        )

@@ -144,8 +144,25 @@ tent:
 bridge:
 """
 
-ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
-NOT_OBJECTS = ["home plate", "train track", *(f"{age} {animal}" for age in ("baby", "adult") for animal in ("animal", "cub"))]
+ANIMALS = (
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "animal",
+    "cub",
+)
+NOT_OBJECTS = [
+    "home plate",
+    "train track",
+    *(f"{age} {animal}" for age in ("baby", "adult") for animal in ("animal", "cub")),
+]
 
 
 def forms(noun):
@@ -194,10 +211,16 @@ def find_objects(words, phrases):
     longest = max(map(len, phrases), default=0)
     found, position = [], 0
     while position < len(words):
-        lengths = (length for length in range(min(longest, len(words) - position), 0, -1) if tuple(words[position : position + length]) in phrases)
+        lengths = (
+            length
+            for length in range(min(longest, len(words) - position), 0, -1)
+            if tuple(words[position : position + length]) in phrases
+        )
         length = next(lengths, 1)
         category = phrases.get(tuple(words[position : position + length]))
-        if category is not None and not (words[position] in ("seat", "seats") and {"toilet", "toilets"} & set(words)):
+        if category is not None and not (
+            words[position] in ("seat", "seats") and {"toilet", "toilets"} & set(words)
+        ):
             found.append((category, position, position + length))
         position += length
     return found
@@ -223,7 +246,10 @@ def chair(captions, truth, phrases):
     CHAIR-i is None if no caption names an object.
     """
     named = {key: mentioned_objects(words, phrases) for key, words in captions.items()}
-    hallucinated = {key: [category for category in categories if category not in truth[key]] for key, categories in named.items()}
+    hallucinated = {
+        key: [category for category in categories if category not in truth[key]]
+        for key, categories in named.items()
+    }
     total = sum(map(len, named.values()))
     per_object = sum(map(len, hallucinated.values())) / total if total else None
     return per_object, sum(map(bool, hallucinated.values())) / len(captions), hallucinated

@@ -6,10 +6,14 @@ caption at a time. Here the corpus is given once and whole batches are scored on
 
 import torch
 
-from captiondata import padded
+from vocabulary import padded
 
 ROWS = 256  # hypotheses scored at once; bounds the memory of comparing n-grams
-MULTIPLIERS = -7046029254386353131, -4658895280553007687, -7723592293110705685  # odd numbers without a pattern (splitmix64's)
+MULTIPLIERS = (
+    -7046029254386353131,
+    -4658895280553007687,
+    -7723592293110705685,
+)  # odd numbers without a pattern (splitmix64's)
 
 
 class CiderD:
@@ -21,17 +25,26 @@ class CiderD:
 
     def __init__(self, documents, n=4, sigma=6.0, device="cpu"):
         self.n, self.sigma, self.device = n, sigma, torch.device(device)
-        owners = torch.tensor([index for index, references in enumerate(documents) for _ in references])
+        owners = torch.tensor(
+            [index for index, references in enumerate(documents) for _ in references]
+        )
         captions = padded([caption for references in documents for caption in references])
-        self.log_documents = torch.tensor(float(len(documents)), dtype=torch.float64).log().to(self.device)
-        self.frequencies = [self._frequencies(self.keys(captions, order), owners) for order in range(1, n + 1)]
+        self.log_documents = (
+            torch.tensor(float(len(documents)), dtype=torch.float64).log().to(self.device)
+        )
+        self.frequencies = [
+            self._frequencies(self.keys(captions, order), owners) for order in range(1, n + 1)
+        ]
         self.vocabulary = None
 
     @classmethod
     def of_sentences(cls, corpus, **options):
         """The scorer of {key: list of tokenised reference sentences}, for `compute_score`."""
         vocabulary = {}
-        documents = [[_encode(sentence, vocabulary) for sentence in sentences] for sentences in corpus.values()]
+        documents = [
+            [_encode(sentence, vocabulary) for sentence in sentences]
+            for sentences in corpus.values()
+        ]
         scorer = cls(documents, **options)
         scorer.vocabulary = vocabulary
         return scorer
@@ -76,24 +89,39 @@ class CiderD:
         hypotheses, references = hypotheses.to(self.device), references.to(self.device)
         number = (references != 0).any(-1).sum(-1) if number is None else number.to(self.device)
         step = max(1, ROWS // hypotheses.shape[1])
-        scores = [self._score(*part) for part in zip(hypotheses.split(step), references.split(step))]
+        scores = [
+            self._score(*part) for part in zip(hypotheses.split(step), references.split(step))
+        ]
         return torch.cat(scores) / number.clamp(min=1).unsqueeze(-1)
 
     def _score(self, hypotheses, references):
         """As `score`, the sum over the references."""
         hypotheses, references = trimmed(hypotheses), trimmed(references)
-        lengths = [(captions != 0).sum(-1).sub(1).clamp(min=0) for captions in (hypotheses, references)]  # in bigrams, as pycocoevalcap
+        lengths = [
+            (captions != 0).sum(-1).sub(1).clamp(min=0) for captions in (hypotheses, references)
+        ]  # in bigrams, as pycocoevalcap
         difference = (lengths[0].unsqueeze(-1) - lengths[1].unsqueeze(-2)).double()  # (B, S, M)
-        total = sum(self._similarity(self.keys(hypotheses, n), self.keys(references, n), n) for n in range(1, self.n + 1))
+        total = sum(
+            self._similarity(self.keys(hypotheses, n), self.keys(references, n), n)
+            for n in range(1, self.n + 1)
+        )
         penalty = torch.exp(-(difference**2) / (2 * self.sigma**2))
         return 10 / self.n * (total * penalty).sum(-1)
 
     def _similarity(self, hypotheses, references, order):
         """n-grams (B, S, P) and (B, M, Q) -> clipped cosine of their tf-idf vectors (B, S, M). A sum over different n-grams is
         taken over all positions, each divided by how often its n-gram occurs."""
-        (counts, weights, norm), (_, _, norm_of_references) = (self._vector(keys, order) for keys in (hypotheses, references))
-        found = (hypotheses[:, :, None, :, None] == references[:, None, :, None, :]).sum(-1)  # (B, S, M, P)
-        clipped = torch.minimum(found, counts.unsqueeze(2)) * found / counts.clamp(min=1).unsqueeze(2).double()
+        (counts, weights, norm), (_, _, norm_of_references) = (
+            self._vector(keys, order) for keys in (hypotheses, references)
+        )
+        found = (hypotheses[:, :, None, :, None] == references[:, None, :, None, :]).sum(
+            -1
+        )  # (B, S, M, P)
+        clipped = (
+            torch.minimum(found, counts.unsqueeze(2))
+            * found
+            / counts.clamp(min=1).unsqueeze(2).double()
+        )
         product = (clipped * weights.square().unsqueeze(2)).sum(-1)
         norms = norm.unsqueeze(-1) * norm_of_references.unsqueeze(-2)
         return torch.where(norms > 0, product / norms.clamp(min=1e-300), 0.0)
@@ -109,8 +137,12 @@ class CiderD:
         """As `score`, of lists of word ids: the captions of each image, as many for all of them, and its references -> (B, S)."""
         number = torch.tensor(list(map(len, references)))
         most = int(number.max())
-        rows = padded([words for image in references for words in image + [[]] * (most - len(image))]).unflatten(0, (-1, most))
-        hypotheses = padded([words for image in captions for words in image]).unflatten(0, (len(captions), -1))
+        rows = padded(
+            [words for image in references for words in image + [[]] * (most - len(image))]
+        ).unflatten(0, (-1, most))
+        hypotheses = padded([words for image in captions for words in image]).unflatten(
+            0, (len(captions), -1)
+        )
         return self.score(hypotheses, rows, number)
 
     def compute_score(self, gts, res):

@@ -1,0 +1,47 @@
+"""What several test files share: a random captioner, and how far two arrays are apart."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from captioner import CaptionerConfig, build_captioner
+from encoder import build_encoder
+from vocabulary import Vocabulary
+
+
+def relative_difference(ours, truth):
+    """The largest difference as a share of the largest true value."""
+    ours, truth = (np.asarray(torch.as_tensor(value).detach()) for value in (ours, truth))
+    return np.abs(ours - truth).max() / np.abs(truth).max()
+
+
+def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, vocabulary=None, **sizes):
+    """A float64 captioner with random weights, large enough that every nonlinearity is used."""
+    torch.manual_seed(seed)
+    vocabulary = vocabulary or Vocabulary(
+        ["<pad>", *(f"w{i}" for i in range(words)), "<unk>", "<start>", "<end>"]
+    )
+    config = CaptionerConfig(
+        encoder=encoder, **{"embed_dim": 12, "hidden_dim": 16, "num_head": 4, **sizes}
+    )
+    captioner = (
+        build_captioner(config, vocabulary, build_encoder(encoder, "random")).double().eval()
+    )
+    for name, parameter in captioner.named_parameters():
+        if not name.startswith("encoder.") and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+    calibrate(captioner.encoder)
+    return captioner
+
+
+def calibrate(encoder):
+    """Give an encoder's batch-norms the statistics of some noise, as after training, and none of their vectors a trivial one."""
+    layers = [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.uniform_(layer.bias, -0.5, 0.5)
+        layer.momentum = 1.0
+        layer.train()
+    if layers:
+        encoder(torch.randn(2, 3, 128, 128, dtype=torch.float64))
+        encoder.eval()
