@@ -1,16 +1,20 @@
-"""What every command shares, so that no script repeats it: one-line errors, device, seed, safe files, provenance.
+"""What every command shares, so that no script repeats it: one-line errors, the table of flags, the
+device, the seed, safe files, and what a result needs to be made again.
 
-A script ends with `run(main)`; a mistake of its user is raised as `UserError` anywhere below and becomes one line and exit code 2.
+A script ends with `run(main)`. A mistake of its user is raised as `UserError` anywhere below, and
+becomes one line and exit code 2.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import random
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,79 +25,157 @@ class UserError(Exception):
     """Something the user can mend; the message is one line that says what is wrong and what to do."""
 
     def __str__(self):
-        return (
-            super().__str__().splitlines()[-1].removeprefix("commandline.UserError: ")
-        )  # a DataLoader worker adds its traceback
+        # A DataLoader's worker puts its traceback before the message, and the class's name too.
+        name = f"{type(self).__module__}.{type(self).__qualname__}: "
+        lines = super().__str__().splitlines() or [""]
+        return lines[-1].removeprefix(name)
 
 
 def run(main):
-    """Call `main()`; print a UserError, or an OSError (a full disk, a folder that cannot be written), as one line on stderr and
-    exit with 2, an interruption with 130."""
+    """Call `main()` and turn what the user can mend into one line on stderr and exit code 2.
+
+    That is a UserError, an OSError (a full disk, a folder that cannot be written) and a lack of
+    memory. An interruption ends with exit code 130.
+    """
     try:
         main()
     except (UserError, OSError) as error:
-        message = (str(error) or repr(error)).splitlines()[-1]
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _exit_with_error((str(error) or repr(error)).splitlines()[-1])
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(
-            error
-        ):  # on a CPU it has no class
+        # On a CPU the lack of memory has no class of its own.
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if not out_of_memory and "not enough memory" not in str(error):
             raise
-        print(
-            f"{Path(sys.argv[0]).name}: error: there is not enough memory; try a smaller --batch_size, or another --device",
-            file=sys.stderr,
+        _exit_with_error(
+            "there is not enough memory; try a smaller --batch_size, or another --device"
         )
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _exit_with_error(message):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command. A command declares its flags once, in a table of these.
+
+    name      without the dashes; also the attribute of the parsed arguments
+    help      one line, to which the default is added
+    default   the value if the flag is not given. Unless `type` says otherwise, its type is the
+              flag's type; False or True makes a pair --name and --no-name
+    type      a function of the text, where the default does not tell it
+    choices   the values that are allowed
+    limits    the least and the greatest value that are allowed
+    nargs, metavar   as argparse has them
+    shown     what the help says of the default, where the value itself would not help
+    modes     the modes of the command that read this flag; empty: all of them
+    repeated  whether a run that goes on with an interrupted one has to repeat the value
+    """
+
+    name: str
+    help: str
+    default: object = None
+    type: object = None
+    choices: object = None
+    limits: tuple = (-math.inf, math.inf)
+    nargs: str | None = None
+    metavar: str | None = None
+    shown: str | None = None
+    modes: tuple = ()
+    repeated: bool = False
+
+
+def add_flags(parser, flags):
+    """Give an argparse parser, or a group of one, the flags of a table."""
+    for flag in flags:
+        shown = "%(default)s" if flag.shown is None else flag.shown
+        options = {"default": flag.default, "help": f"{flag.help} (default: {shown})"}
+        if isinstance(flag.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = flag.type or (str if flag.default is None else type(flag.default))
+            options["choices"] = flag.choices
+            options["nargs"] = flag.nargs
+            options["metavar"] = flag.metavar
+        parser.add_argument(f"--{flag.name}", **options)
+
+
+def check_limits(values, flags):
+    """Raise a UserError for a value outside of its flag's limits. values: {name: value or None}."""
+    for flag in flags:
+        least, greatest = flag.limits
+        value = values.get(flag.name)
+        if value is None or isinstance(value, str) or least <= value <= greatest:
+            continue
+        if greatest == math.inf:
+            raise UserError(f"--{flag.name} must be at least {least}, not {value}")
+        raise UserError(f"--{flag.name} must be from {least} to {greatest}, not {value}")
+
+
+def check_modes(given, flags, mode, names):
+    """Raise a UserError for a flag that the mode does not read.
+
+    given: names of the flags that the user gave; names: {mode: how the message calls it}.
+    """
+    for flag in flags:
+        if flag.name in given and flag.modes and mode not in flag.modes:
+            readers = " or ".join(names[reader] for reader in flag.modes)
+            raise UserError(f"--{flag.name} goes with {readers} only")
+
+
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose complaints are one line too, without the usage: that of a script of ours fills the screen."""
+    """A parser whose complaints are one line. argparse would print the usage, which fills a screen."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def given(self, args):
-        """The names of the flags that have another value than their default."""
+        """The names of the flags whose value is not their default."""
         return [name for name, value in vars(args).items() if value != self.get_default(name)]
 
     def error(self, message):
+        """Raise the complaint as a UserError."""
         raise UserError(f"{message}; --help lists all flags")
 
 
 def random_seed(text):
+    """The seed that a text spells; an argparse error if PyTorch would not take it."""
     if not 0 <= int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
     return int(text)
 
 
-def add_common_flags(parser, seed=0):
+COMMON_FLAGS = [
+    Flag(
+        "device",
+        "where to compute, e.g. cpu, cuda, cuda:1",
+        shown="cuda if there is one, else cpu",
+    ),
+    Flag("seed", "the one source of randomness", default=0, type=random_seed),
+]
+
+
+def add_common_flags(parser):
     """Give an argparse parser the flags that all commands understand alike: --device and --seed."""
-    parser.add_argument(
-        "--device",
-        help="where to compute, e.g. cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=random_seed,
-        default=seed,
-        help="the one source of randomness (default: %(default)s)",
-    )
+    add_flags(parser, COMMON_FLAGS)
 
 
 def choose_device(name=None):
-    """The torch device called `name`; None means cuda if there is one, else cpu. UserError if it is not usable here."""
+    """The torch device called `name`; by default the first GPU if there is one, else the CPU.
+
+    UserError if it cannot be used on this machine.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which "meta" has not
+        torch.zeros(1, device=device).item()  # the device "meta" has no values
     except (RuntimeError, AssertionError):
-        raise UserError(
-            f"device '{name}' cannot be used on this machine; try --device cpu"
-        ) from None
+        message = f"device '{name}' cannot be used on this machine; try --device cpu"
+        raise UserError(message) from None
     return device
 
 
@@ -105,16 +187,32 @@ def set_seed(seed):
 
 
 def extended(stem, ending):
-    """A path whose name goes on with `ending`. (Path.with_suffix would cut what follows the last dot of IMG.1 or lrp0.5.)"""
+    """The path `stem` with an ending added to its name.
+
+    (Path.with_suffix would cut off what follows the last dot of IMG.1 or lrp0.5.)
+    """
     return stem.with_name(stem.name + ending)
+
+
+def temporary_path(path):
+    """Where this process writes a file before it is renamed to `path`."""
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
+def remove_leftovers(path):
+    """Remove temporary files of `path` that processes left behind which were killed while writing."""
+    for leftover in path.parent.glob(".*"):
+        stem, _, process = leftover.stem.rpartition(".")
+        if stem == f".{path.stem}" and process.isdigit() and leftover.suffix == path.suffix:
+            leftover.unlink()
 
 
 @contextmanager
 def write_atomically(path):
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any failure."""
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = temporary_path(path)
     try:
         yield temporary
         temporary.replace(path)
@@ -123,20 +221,23 @@ def write_atomically(path):
 
 
 def write_tensors(path, value):
-    """Save what `torch.load(weights_only=True)` reads again to `path`, whole or not at all. UserError if there is no room for it."""
+    """Save to `path`, whole or not at all, what `torch.load(weights_only=True)` reads again.
+
+    UserError if there is no room for it.
+    """
     with write_atomically(path) as temporary:
         try:
             torch.save(value, temporary)
-        except RuntimeError as error:  # what PyTorch makes of a full disk
-            raise UserError(f"{path} cannot be written ({str(error).splitlines()[0]})") from None
+        except RuntimeError as error:  # PyTorch's word for a full disk
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written ({reason})") from None
 
 
 def write_json(path, value, indent=1):
     """Write `value` as JSON to `path`, whole or not at all."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
     with write_atomically(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path):
@@ -156,7 +257,10 @@ def file_hash(path):
 
 
 def provenance(seed=None, checkpoint=None):
-    """What a result needs to be made again: command line, seed, versions and the checkpoint's hash, as a dict."""
+    """What a result needs to be made again, as a dict.
+
+    It holds the command line, the seed, the versions, and the checkpoint's path and hash.
+    """
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": seed,
