@@ -22,7 +22,7 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one line that says what is wrong and what to do."""
+    """Something the user can mend. The message is one line: what is wrong, and what to do."""
 
     def __str__(self):
         # A DataLoader's worker puts its traceback before the message, and the class's name too.
@@ -127,7 +127,7 @@ def check_modes(given, flags, mode, names):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose complaints are one line. argparse would print the usage, which fills a screen."""
+    """A parser whose complaints are one line; argparse's own usage would fill a screen."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -200,7 +200,7 @@ def temporary_path(path):
 
 
 def remove_leftovers(path):
-    """Remove temporary files of `path` that processes left behind which were killed while writing."""
+    """Remove the temporary files that killed processes left of `path`."""
     for leftover in path.parent.glob(".*"):
         stem, _, process = leftover.stem.rpartition(".")
         if stem == f".{path.stem}" and process.isdigit() and leftover.suffix == path.suffix:
@@ -209,7 +209,7 @@ def remove_leftovers(path):
 
 @contextmanager
 def write_atomically(path):
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
+    """Yield a temporary path beside `path`; rename it on success, remove it on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
