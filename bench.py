@@ -172,9 +172,9 @@ def forward_and_backward(captioner, images, targets):
     """A teacher-forced forward and one plain batched backward from every word's logit to pixels and embeddings."""
     images = images.clone().requires_grad_()
     embeddings = captioner.embedding(targets).detach().requires_grad_()
-    memory = captioner.look(captioner.encoder(images))
-    context, hidden, *_ = captioner.unroll(embeddings.unsqueeze(1), memory)
-    logits = captioner.last_layer(context, hidden)[:, 0]
+    memory = captioner.image_memory(captioner.encoder(images))
+    unrolled = captioner.unroll(embeddings.unsqueeze(1), memory)
+    logits = captioner.last_layer(unrolled.addends)[:, 0]
     scores = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     seeds = torch.eye(targets.shape[1], device=images.device).unsqueeze(1)
     return torch.autograd.grad(scores, (images, embeddings), seeds, is_grads_batched=True)
@@ -474,14 +474,15 @@ def bench_reward(device, repeats):
 
 def stepped_logits(captioner, features, inputs, look_once=False):
     """The logits (B, N, T, V) of a captioner stepped word by word; unless look_once it projects the image anew each time."""
-    memory, logits = captioner.look(features), []
-    state = captioner.start(memory, inputs.shape[1])
+    memory, logits = captioner.image_memory(features), []
+    state = captioner.initial_state(memory, inputs.shape[1])
     for words in inputs.unbind(dim=2):
-        memory = memory if look_once else captioner.look(features)
-        context, hidden, state, *_ = captioner.step(
+        memory = memory if look_once else captioner.image_memory(features)
+        output = captioner.step(
             captioner.word_inputs(captioner.embedding(words), memory), state, memory
         )
-        logits.append(captioner.last_layer(context, hidden))
+        state = output.state
+        logits.append(captioner.last_layer(output.addends))
     return torch.stack(logits, dim=2)
 
 

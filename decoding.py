@@ -59,8 +59,8 @@ def diverse_beam_search(
     lost, so captions are ranked by their log-probability less all of that.
     """
     batch, device, end = len(features), features.device, captioner.vocabulary.end
-    memory = captioner.look(features)
-    state = captioner.start(memory, groups)
+    memory = captioner.image_memory(features)
+    state = captioner.initial_state(memory, groups)
     scores = torch.zeros(
         batch, groups, 1, device=device
     )  # one empty hypothesis; its `beam_size` best successors become the beams
@@ -93,7 +93,7 @@ def diverse_beam_search(
             images, words, sequences, scores, live = (
                 part[going] for part in (images, words, sequences, scores, live)
             )
-            memory, state = of_rows(memory, going), of_rows(state, going)
+            memory, state = memory.of_images(going), of_rows(state, going)
     unfinished = best_scores[images].isinf().unsqueeze(-1)
     _set_aside(best, best_scores, images, sequences, scores.masked_fill(~unfinished, -torch.inf))
     best = reorder(best, best_scores.argsort(dim=1, descending=True))
@@ -144,8 +144,8 @@ def _set_aside(best, best_scores, images, sequences, candidates):
 def say(captioner, features, max_length, num_captions, choose):
     """Say `num_captions` captions of every image word by word: `choose` maps log-probabilities (B, N, V) to words (B, N)."""
     batch, end = len(features), captioner.vocabulary.end
-    memory = captioner.look(features)
-    state = captioner.start(memory, num_captions)
+    memory = captioner.image_memory(features)
+    state = captioner.initial_state(memory, num_captions)
     words = torch.full((batch, num_captions), captioner.vocabulary.start, device=features.device)
     ended, images = (
         torch.zeros_like(words, dtype=torch.bool),
@@ -163,7 +163,7 @@ def say(captioner, features, max_length, num_captions, choose):
             break
         if remaining <= COMPACT_BELOW * len(going):
             images, words, ended = images[going], words[going], ended[going]
-            memory, state = of_rows(memory, going), of_rows(state, going)
+            memory, state = memory.of_images(going), of_rows(state, going)
     return [[_until(ids, end) for ids in captions] for captions in said.tolist()]
 
 
@@ -243,16 +243,9 @@ def reorder(sequences, index):
     return sequences.gather(-2, index.unsqueeze(-1).expand(*index.shape, sequences.shape[-1]))
 
 
-def of_rows(part, *index):
-    """A state, or a captioner's memory of a batch, with every tensor (B, ...) indexed; `weights` belong to no image."""
-    if isinstance(part, dict):
-        return {
-            name: value if name == "weights" else of_rows(value, *index)
-            for name, value in part.items()
-        }
-    if isinstance(part, tuple):
-        return tuple(of_rows(value, *index) for value in part)
-    return None if part is None else part[index]
+def of_rows(state, *index):
+    """A state, a tuple of tensors (B, ...), with every tensor indexed."""
+    return tuple(part[index] for part in state)
 
 
 def strip_bad_endings(words):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import distributed
 from captiondata import CaptionDataset
-from captioner import METHODS, evaluating, load_captioner
+from captioner import METHODS, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, frequent_words, measure
 from commandline import (
     CommandLine,
@@ -84,8 +84,8 @@ def word_scores(captioner, features, captions, words):
     inputs = padded([[vocabulary.start, *vocabulary.encode(caption)] for caption in captions]).to(
         features.device
     )
-    with evaluating(captioner):
-        probabilities = captioner(features, inputs.unsqueeze(1)).squeeze(1).softmax(-1)  # (B, T, V)
+    captioner = captioner.eval_view()
+    probabilities = captioner(features, inputs.unsqueeze(1)).squeeze(1).softmax(-1)  # (B, T, V)
     probabilities = probabilities[..., vocabulary.encode(words)].masked_fill(
         (inputs == vocabulary.pad).unsqueeze(-1), 0
     )

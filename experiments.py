@@ -12,7 +12,6 @@ import torch
 from pycocotools import mask as rle
 from sklearn.metrics import roc_auc_score
 
-from captioner import evaluating
 from gradient_utils import enlarge
 from pycocoevalcap.chair.chair import find_objects
 from vocabulary import STOP_WORDS, tokenize
@@ -71,15 +70,14 @@ def last_word_probabilities(captioner, features, sequences):
             inputs[image, place, : len(ids)] = torch.tensor([vocabulary.start, *ids[:-1]])
             last[image, place], targets[image, place] = len(ids) - 1, ids[-1]
     inputs, last, targets = (part.to(features.device) for part in (inputs, last, targets))
-    with evaluating(captioner):
-        parts = captioner.unroll(captioner.embedding(inputs), captioner.look(features))[:2]
-        parts = [
-            part.gather(2, last[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2)
-            for part in parts
-        ]  # (B, N, H)
-        found = (
-            captioner.last_layer(*parts).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        )
+    captioner = captioner.eval_view()
+    embeddings = captioner.embedding(inputs)
+    parts = captioner.unroll(embeddings, captioner.image_memory(features)).addends
+    parts = [
+        part.gather(2, last[..., None, None].expand(-1, -1, 1, part.shape[-1])).squeeze(2)
+        for part in parts
+    ]  # (B, N, H)
+    found = captioner.last_layer(parts).softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return [row[: len(image)] for row, image in zip(found.tolist(), sequences)]
 
 

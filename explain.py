@@ -321,7 +321,9 @@ def explain(captioner, paths, regions, args, options):
     spoken = [captions[index] for index in told]
     explained = {
         method: captioner.explain(
-            pixels[told], spoken, method, args.through_attention and method == "lrp"
+            pixels[told],
+            spoken,
+            "attnlrp" if args.through_attention and method == "lrp" else method,
         )
         for method in args.method
     }

@@ -1,10 +1,14 @@
-"""Explanations from gradients: gradient, gradient x input, guided backpropagation, Grad-CAM, Guided Grad-CAM, attention.
+"""Explanations from gradients: gradient, gradient x input, guided backpropagation, Grad-CAM,
+Guided Grad-CAM, attention.
 
-Each function takes what one backward pass gave and returns relevance of pixels (T, B, H, W), regions (T, B, L) and
-preceding words (T, B, T), for T words of B images. Its arguments, alike for all:
+Each function takes what one backward pass gave for T words of B images, and returns fields of an
+`Explanation` (explanation.py) that it has something to say about: "image_relevance" (T, B, H, W) or
+None, "region_relevance" (T, B, L) and "word_relevance" (T, B, T). The arguments are alike for all:
 
-    leaves      images (B, 3, H, W) or None for features without images, features A (B, L, D), embeddings of the inputs (B, T, E)
-    gradients   of the explained logits with respect to these, the explained word first: (T, B, ...)
+    leaves      {"image": images (B, 3, H, W), or None where there are only features;
+                 "regions": features A (B, L, D); "words": embeddings of the inputs (B, T, E)},
+                and, by name, the further leaves that the method asked for
+    gradients   of the explained logits with respect to these, by the same names: (T, B, ...)
     attention   (T, B, heads, L)
     grid        (h, w) of the regions
 """
@@ -15,14 +19,18 @@ from torch.overrides import TorchFunctionMode
 
 
 class GuidedReLU(TorchFunctionMode):
-    """`with GuidedReLU():` every ReLU called inside lets back only positive gradients (Springenberg et al. 2015)."""
+    """`with GuidedReLU():` makes every ReLU called inside let back only positive gradients.
+
+    Springenberg et al. (2015).
+    """
 
     FUNCTIONS = {F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function in self.FUNCTIONS:
-            return _GuidedReLU.apply(args[0])
-        return function(*args, **(kwargs or {}))
+            return _GuidedReLU.apply(kwargs["input"] if "input" in kwargs else args[0])
+        return function(*args, **kwargs)
 
 
 class _GuidedReLU(torch.autograd.Function):
@@ -34,51 +42,71 @@ class _GuidedReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.clamp(min=0) * ctx.saved_tensors[0]
+        (active,) = ctx.saved_tensors
+        return gradient.clamp(min=0) * active
 
 
 def gradient(leaves, gradients, attention, grid):
     """The gradient itself, summed over channels and embedding dimensions (Simonyan et al. 2014)."""
-    pixels, regions, words = gradients
-    return None if pixels is None else pixels.sum(2), regions.sum(-1), words.sum(-1)
+    pixels = gradients["image"]
+    return {
+        "image_relevance": None if pixels is None else pixels.sum(2),
+        "region_relevance": gradients["regions"].sum(-1),
+        "word_relevance": gradients["words"].sum(-1),
+    }
 
 
 def input_x_gradient(leaves, gradients, attention, grid):
-    """Gradient x input, summed likewise; under the rules of LRP this is relevance (lrp_utils.py)."""
-    products = [None if slope is None else leaf * slope for leaf, slope in zip(leaves, gradients)]
+    """Gradient x input, summed likewise; under the rules of LRP this is relevance."""
+    products = {"image": None}
+    for name in ("image", "regions", "words"):
+        if gradients[name] is not None:
+            products[name] = leaves[name] * gradients[name]
     return gradient(leaves, products, attention, grid)
 
 
 def grad_cam(leaves, gradients, attention, grid):
-    """ReLU(sum_k w_k A_k), w_k the mean gradient of feature map k (Selvaraju et al. 2017); words: their gradient."""
-    images, features, _ = leaves
-    weights = gradients[1].mean(dim=2, keepdim=True)  # (T, B, 1, D)
-    regions = (features * weights).sum(-1).clamp(min=0)
-    return enlarge(regions, grid, images), regions, gradients[2].sum(-1)
+    """ReLU(sum_k w_k A_k), where w_k is the mean gradient of feature map k (Selvaraju et al. 2017).
+
+    The preceding words get their gradient.
+    """
+    weights = gradients["regions"].mean(dim=2, keepdim=True)  # (T, B, 1, D)
+    regions = (leaves["regions"] * weights).sum(-1).clamp(min=0)
+    return {
+        "image_relevance": enlarge(regions, grid, leaves["image"]),
+        "region_relevance": regions,
+        "word_relevance": gradients["words"].sum(-1),
+    }
 
 
 def guided_grad_cam(leaves, gradients, attention, grid):
-    """Guided backpropagation times enlarged Grad-CAM, pixel by pixel; regions and words as in Grad-CAM."""
-    cam, regions, words = grad_cam(leaves, gradients, attention, grid)
-    return gradients[0].sum(2) * cam, regions, words
+    """Guided backpropagation times enlarged Grad-CAM, pixel by pixel; the rest as in Grad-CAM."""
+    found = grad_cam(leaves, gradients, attention, grid)
+    found["image_relevance"] = gradients["image"].sum(2) * found["image_relevance"]
+    return found
 
 
 def attention_map(leaves, gradients, attention, grid):
-    """The attention weights, the mean over heads, enlarged; attention says nothing of words, theirs is zero."""
-    images, _, embeddings = leaves
+    """The mean of the heads' attention weights, enlarged.
+
+    Attention says nothing of the preceding words; theirs is zero.
+    """
+    embeddings = leaves["words"]
     regions = attention.mean(dim=2)
-    words = embeddings.new_zeros(len(regions), *embeddings.shape[:2])
-    return enlarge(regions, grid, images), regions, words
+    return {
+        "image_relevance": enlarge(regions, grid, leaves["image"]),
+        "region_relevance": regions,
+        "word_relevance": embeddings.new_zeros(len(regions), *embeddings.shape[:2]),
+    }
 
 
 def enlarge(regions, grid, images):
-    """Values of regions (T, B, L) as maps (T, B, H, W) of the images' size, interpolated bilinearly between the centres of the
-    regions; None without images."""
+    """Values of regions (T, B, L) as maps (T, B, H, W) of the images' size; None without images.
+
+    Between the centres of the regions the values are interpolated bilinearly.
+    """
     if images is None:
         return None
-    return F.interpolate(
-        regions.unflatten(-1, grid),
-        size=tuple(images.shape[-2:]),
-        mode="bilinear",
-        align_corners=False,
-    )
+    maps = regions.unflatten(-1, grid)
+    size = tuple(images.shape[-2:])
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -1,17 +1,22 @@
 """Layer-wise relevance propagation (LRP) as a modified gradient; paper §3.2, Algorithm 1.
 
-Every rule used here shares relevance in proportion to (part / total), so the quantity c = R / value can be carried instead
-of R: linear maps, sums and weighted sums then hand c on by ordinary autograd, and the relevance of any activation is
-value * c. What differs from the true gradient is four small things:
+Every rule used here shares relevance in proportion to (part / total). So c = R / value can be
+carried instead of R: linear maps, sums and weighted sums then hand c on by ordinary autograd, and
+the relevance of any activation is value * c. Four small things differ from the true gradient:
 
-* the epsilon-rule is an identity whose backward multiplies by z / (z + epsilon * sign z)      (Bach et al. 2015, eq. 58)
-* gates, attention weights and beta are constants: they are detached                            (Arras et al. 2017; eq. 8)
-* tanh passes relevance through: its backward is tanh(g) / g                                    (Arras et al. 2017)
-* convolutions use alpha1-beta0: only what raised a unit's activation gets relevance            (Bach et al. 2015, eq. 60)
+* the epsilon-rule is an identity whose backward multiplies by z / (z + epsilon * sign z)
+  (Bach et al. 2015, eq. 58);
+* gates, attention weights and beta are constants: they are detached (Arras et al. 2017; eq. 8);
+* tanh passes relevance through: its backward is tanh(g) / g (Arras et al. 2017);
+* convolutions use alpha1-beta0: only what raised a unit's activation gets relevance
+  (Bach et al. 2015, eq. 60).
 
-`TrueGradient` and `LRP` are the two sets of decoder rules: the captioners are written once, in terms of `rules.epsilon`,
-`rules.constant` and `rules.tanh`. `AlphaOneBetaZero` changes the convolutions of any encoder from outside, for a `with`.
+`Rules` says what a captioner asks of the rules of an explanation. The captioners are written once,
+in these terms; `TrueGradient`, `LRP` and `AttnLRP` are the sets of rules there are.
+`AlphaOneBetaZero` changes the convolutions of any encoder from outside, for the time of a `with`.
 """
+
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +26,18 @@ EPSILON = 0.01  # paper §4, "LRP parameters"
 
 
 def stabilize(z, epsilon):
-    """z + epsilon * sign(z), with sign(0) = +1, so that nothing is divided by zero; the shape of z."""
+    """z + epsilon * sign(z), with sign(0) = +1, so that nothing is divided by zero."""
     return z + epsilon * torch.where(z < 0, -1.0, 1.0).to(z)
 
 
 def safe_ratio(numerator, denominator):
-    """numerator / denominator, and 0 where the denominator is 0 (nothing arrived, so there is nothing to share out)."""
+    """numerator / denominator; 0 where the denominator is 0, for then there is nothing to share."""
     zero = denominator == 0
     return torch.where(zero, 0, numerator / torch.where(zero, 1, denominator))
 
 
 class _ScaledBackward(torch.autograd.Function):
-    """`output` going forward; going back the gradient with respect to z is multiplied by `factor` (element by element)."""
+    """`output` going forward; going back, the gradient of z is multiplied by `factor`."""
 
     @staticmethod
     def forward(ctx, z, output, factor):
@@ -41,123 +46,172 @@ class _ScaledBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0], None, None
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None, None
 
 
-class TrueGradient:
-    """The captioner as it is: training, decoding, and the gradient-based explanations."""
+class Rules:
+    """What a captioner's forward asks of an explanation; here nothing differs from the forward.
 
-    stepwise = False  # an LSTM may take a whole sequence at once
-    tanh = staticmethod(torch.tanh)
+    A set of rules overrides what it wants to differ on the way back. Going forward no rule changes
+    a value.
 
-    @staticmethod
-    def epsilon(z):
+    stepwise  whether the rules act inside the LSTM, so that it has to be taken step by step
+    watched   {name: list of tensors}: the inner values that the explanation wants gradients of
+    """
+
+    stepwise = False
+    watched = MappingProxyType({})
+
+    def epsilon(self, z):
+        """A sum z of parts, such as a linear layer's output; the shape of z."""
         return z
 
-    @staticmethod
-    def constant(x):
+    def constant(self, x):
+        """A gate, or a weight of a weighted sum; the shape of x."""
         return x
 
-    @staticmethod
-    def factor(x):
+    def weights(self, alpha):
+        """The attention weights of heads, which multiply the values; the shape of alpha."""
+        return alpha
+
+    def factor(self, x):
+        """One of the two factors of a product (query and key, weight and value); the shape of x."""
         return x
 
-    weights = factor
+    def tanh(self, g):
+        """tanh(g)."""
+        return torch.tanh(g)
+
+    def leaf(self, name, x):
+        """An inner value x that an explanation may want the gradient of; returns x.
+
+        A captioner names such values (today: "attention"), and a method lists the names it wants
+        (`Method.leaves`).
+        """
+        if name in self.watched:
+            self.watched[name].append(x)
+        return x
 
 
-class LRP:
-    """The decoder rules of LRP; `epsilon` is the stabiliser of every linear layer and sum (paper: 0.01)."""
+class TrueGradient(Rules):
+    """The captioner as it is: for training, decoding, and the gradient-based explanations."""
 
-    stepwise = True  # the rules act inside the LSTM
+
+TRUE_GRADIENT = TrueGradient()
+
+
+class LRP(Rules):
+    """The decoder rules of LRP (paper §3.2, Algorithm 1).
+
+    epsilon: the stabiliser of every linear layer, sum and weighted sum; the paper's is 0.01.
+    """
+
+    stepwise = True
 
     def __init__(self, epsilon=EPSILON):
         self.stabilizer = epsilon
 
     def epsilon(self, z):
-        """epsilon-rule for z = sum of parts (+ bias): R(part) = part / (z + epsilon sign z) * R(z). Identity forward."""
-        value = z.detach()
-        return _ScaledBackward.apply(z, value, safe_ratio(value, stabilize(value, self.stabilizer)))
+        """The epsilon-rule for a sum z: R(part) = part / (z + epsilon sign z) * R(z).
 
-    @staticmethod
-    def constant(x):
-        """A gate or attention weight: it shares out relevance and takes none itself."""
+        Bach et al. (2015), eq. 58. A bias is one of the parts and keeps its share.
+        """
+        value = z.detach()
+        kept = safe_ratio(value, stabilize(value, self.stabilizer))
+        return _ScaledBackward.apply(z, value, kept)
+
+    def constant(self, x):
+        """A gate or attention weight shares relevance out and takes none itself (eq. 8)."""
         return x.detach()
 
-    @staticmethod
-    def weights(alpha):
-        """Attention weights of heads: constants too; all relevance goes through the values (the paper's choice)."""
+    def weights(self, alpha):
+        """Heads' attention weights are constants too: all relevance goes through the values."""
         return alpha.detach()
 
-    @staticmethod
-    def factor(x):
-        """What is multiplied by attention weights, or makes them: as it is."""
-        return x
-
-    @staticmethod
-    def tanh(g):
-        """tanh(g), with R(g) = R(tanh g): the backward is tanh(g)/g, and 1 (its limit) at g = 0."""
+    def tanh(self, g):
+        """tanh(g), with R(g) = R(tanh g): the backward is tanh(g)/g, and 1, its limit, at g = 0."""
         value = g.detach()
         output = value.tanh()
-        return _ScaledBackward.apply(
-            g, output, torch.where(value == 0, 1, safe_ratio(output, value))
-        )
+        slope = torch.where(value == 0, 1, safe_ratio(output, value))
+        return _ScaledBackward.apply(g, output, slope)
 
 
 class AttnLRP(LRP):
-    """LRP that also goes through the attention scores (Achtibat et al. 2024): the two factors of a product share its relevance
-    equally (Prop. 3.3), and softmax hands on x * (R - s sum R) (Prop. 3.1), which for c = R / value is its own gradient."""
+    """LRP that also goes through the attention scores (Achtibat et al. 2024).
 
-    @staticmethod
-    def factor(x):
-        """One factor of a product: it gets half of the product's relevance."""
-        return _ScaledBackward.apply(x, x.detach(), torch.full_like(x, 0.5).detach())
-
-    weights = factor
-
-
-def inference_weights(context, hidden, rows, scores, epsilon=EPSILON):
-    """LRP-inference's omega = 1 + R / max|R| of context and hidden, between 0 and 2 (final version of the paper, §3.5).
-
-    context, hidden (..., H) are summed into the last layer; rows (..., H) are its weights for the explained words and scores
-    (...) their logits. Only these words carry relevance, so the sum over the vocabulary in the epsilon-rule is its one term:
-    R(sum) = sum * row * score / st(score), R(part) = R(sum) * part / st(sum). Where nothing arrives omega is 1.
+    The two factors of a product share its relevance equally (Prop. 3.3). Softmax hands on
+    x * (R - s sum R) (Prop. 3.1), which for c = R / value is its own gradient.
     """
-    total = context + hidden
-    shared = (
-        total
-        * rows
-        * (scores / stabilize(scores, epsilon)).unsqueeze(-1)
-        / stabilize(total, epsilon)
-    )
-    relevances = shared * context, shared * hidden
-    return tuple(
-        1 + safe_ratio(relevance, relevance.abs().amax(-1, keepdim=True))
-        for relevance in relevances
-    )
+
+    def weights(self, alpha):
+        """The attention weights are a factor of the products with the values."""
+        return self.factor(alpha)
+
+    def factor(self, x):
+        """One factor of a product gets half of the product's relevance."""
+        half = torch.full_like(x, 0.5).detach()
+        return _ScaledBackward.apply(x, x.detach(), half)
+
+
+def inference_weights(addends, rows, scores, epsilon=EPSILON):
+    """LRP-inference's omega = 1 + R / max|R| of every addend (final version of the paper, §3.5).
+
+    addends (..., H) each are summed into the last layer; rows (..., H) are its weights for the
+    explained words, and scores (...) the words' logits. Returns a list of omegas (..., H), each
+    between 0 and 2, and 1 where no relevance arrives.
+
+    Only these words carry relevance, so the sum over the vocabulary in the epsilon-rule is its one
+    term: R(sum) = sum * row * score / st(score), and R(part) = R(sum) * part / st(sum).
+    """
+    total = summed(addends)
+    arriving = (scores / stabilize(scores, epsilon)).unsqueeze(-1)
+    shared = total * rows * arriving / stabilize(total, epsilon)
+    omegas = []
+    for addend in addends:
+        relevance = shared * addend
+        omegas.append(1 + safe_ratio(relevance, relevance.abs().amax(-1, keepdim=True)))
+    return omegas
+
+
+def summed(addends):
+    """The sum of tensors of one shape, in their order."""
+    total = addends[0]
+    for addend in addends[1:]:
+        total = total + addend
+    return total
 
 
 class _AlphaOneBetaZero(torch.autograd.Function):
-    """A convolution y = w * x + b whose backward shares relevance by the alpha1-beta0 rule, bias left out:
+    """A convolution y = w * x + b whose backward is the alpha1-beta0 rule, bias left out:
 
-    R(x) = x+ . convT(R(y) / z, w+) + x- . convT(R(y) / z, w-),   z = conv(x+, w+) + conv(x-, w-)      (x = x+ + x-)
+    R(x) = x+ . convT(R(y) / z, w+) + x- . convT(R(y) / z, w-)
+    z = conv(x+, w+) + conv(x-, w-),   x = x+ + x-
 
-    In terms of c = R / value this is convT(c(y) y/z, w+) where x > 0, and convT(c(y) y/z, w-) where x < 0.
+    In terms of c = R / value this is convT(c(y) y/z, w+) where x > 0, and convT(c(y) y/z, w-) where
+    x < 0.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, *geometry):
-        """x (B, C, H, W), weight (D, C/groups, h, w), bias (D) or None, stride, padding, dilation, groups -> y (B, D, H', W'), as
-        F.conv2d; keeps y / z for the way back."""
+        """x (B, C, H, W), weight (D, C/groups, h, w), bias (D) or None -> y (B, D, H', W').
+
+        geometry: stride, padding, dilation, groups as F.conv2d has them. Keeps y / z for the way
+        back.
+        """
         y = F.conv2d(x, weight, bias, *geometry)
-        ctx.signed = bool(
-            (x < 0).any()
-        )  # behind a ReLU no input is negative, and half of the work falls away
-        parts, weights = [x.clamp(min=0)], [weight.clamp(min=0)]
+        positive = weight.clamp(min=0)
+        z = F.conv2d(x.clamp(min=0), positive, None, *geometry)
+        # Behind a ReLU no input is negative, and half of the work falls away.
+        ctx.signed = bool((x < 0).any())
         if ctx.signed:
-            parts, weights = [*parts, x.clamp(max=0)], [*weights, weight.clamp(max=0)]
-        z = sum(F.conv2d(part, weight, None, *geometry) for part, weight in zip(parts, weights))
-        ctx.save_for_backward(safe_ratio(y, z), *weights, *[x] * ctx.signed)
-        ctx.geometry, ctx.shape = geometry, x.shape
+            negative = weight.clamp(max=0)
+            z = z + F.conv2d(x.clamp(max=0), negative, None, *geometry)
+            ctx.save_for_backward(safe_ratio(y, z), positive, negative, x)
+        else:
+            ctx.save_for_backward(safe_ratio(y, z), positive)
+        ctx.geometry = geometry
+        ctx.shape = x.shape
         return y
 
     @staticmethod
@@ -167,45 +221,68 @@ class _AlphaOneBetaZero(torch.autograd.Function):
         result = _convolution_backward(shared, ctx.shape, positive, *ctx.geometry)
         if ctx.signed:
             negative, x = rest
-            result = torch.where(
-                x < 0, _convolution_backward(shared, ctx.shape, negative, *ctx.geometry), result
-            )
-        return result, *[None] * (2 + len(ctx.geometry))
+            through_negative = _convolution_backward(shared, ctx.shape, negative, *ctx.geometry)
+            result = torch.where(x < 0, through_negative, result)
+        no_gradients = [None] * (2 + len(ctx.geometry))  # of weight, bias and geometry
+        return result, *no_gradients
 
 
 def _convolution_backward(gradient, shape, weight, stride, padding, dilation, groups):
     """The gradient of a convolution with respect to its input, which had the given shape."""
     unread = weight.new_empty(1).expand(shape)  # of the input only the shape matters
     geometry = (stride, padding, dilation, False, (0, 0), groups)
+    of_the_input_only = (True, False, False)
     return torch.ops.aten.convolution_backward(
-        gradient, unread, weight, None, *geometry, (True, False, False)
+        gradient, unread, weight, None, *geometry, of_the_input_only
     )[0]
 
 
 class AlphaOneBetaZero(TorchFunctionMode):
-    """`with AlphaOneBetaZero():` every 2-d convolution called inside is explained by the alpha1-beta0 rule, and every sum of
-    two tensors, such as a residual connection's, in proportion to its parts by the epsilon-rule.
+    """`with AlphaOneBetaZero():` explains every 2-d convolution called inside by alpha1-beta0.
 
-    ReLU, max-pooling (winner takes all), average pooling and concatenation need no rule: their gradient hands on c = R /
-    value as LRP wants. The network itself is not touched. Batch-norm has to be folded into its convolution before.
+    Every sum of two tensors, such as a residual connection's, is explained in proportion to its
+    parts by the epsilon-rule. ReLU, max-pooling (winner takes all), average pooling and
+    concatenation need no rule: their gradient hands on c = R / value as LRP wants. The network
+    itself is not touched. Batch-norm has to be folded into its convolution before.
     """
 
-    SUMS = {
-        torch.Tensor.add_,
-        torch.Tensor.add,
-        torch.add,
-        torch.Tensor.__iadd__,
-        torch.Tensor.__add__,
-    }
+    SUMS = {torch.Tensor.add, torch.add, torch.Tensor.__iadd__, torch.Tensor.__add__}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function is F.conv2d:
-            return _AlphaOneBetaZero.apply(*_conv2d_arguments(*args, **(kwargs or {})))
-        if function in self.SUMS and isinstance(args[1], torch.Tensor):
-            return LRP().epsilon(torch.add(*args, **(kwargs or {})))
-        return function(*args, **(kwargs or {}))
+            return _explained_convolution(*args, **kwargs)
+        if function in self.SUMS:
+            return _explained_sum(*args, **kwargs)
+        if function is torch.Tensor.add_:
+            return args[0].copy_(_explained_sum(*args, **kwargs))
+        return function(*args, **kwargs)
 
 
-def _conv2d_arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def _explained_sum(input, other, **options):
+    """torch.add whose two tensors share relevance by the epsilon-rule; a number gets none."""
+    total = torch.add(input, other, **options)
+    return LRP().epsilon(total) if isinstance(other, torch.Tensor) else total
+
+
+def _explained_convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """F.conv2d with the backward of alpha1-beta0; input (B, C, H, W) or (C, H, W)."""
     pair = torch.nn.modules.utils._pair
-    return input, weight, bias, pair(stride), pair(padding), pair(dilation), groups
+    dilation = pair(dilation)
+    if padding == "same":
+        input = F.pad(input, _same_padding(weight.shape[2:], dilation))
+    if isinstance(padding, str):
+        padding = 0  # "valid", or done above
+    geometry = (pair(stride), pair(padding), dilation, groups)
+    if input.dim() == 3:
+        return _AlphaOneBetaZero.apply(input.unsqueeze(0), weight, bias, *geometry).squeeze(0)
+    return _AlphaOneBetaZero.apply(input, weight, bias, *geometry)
+
+
+def _same_padding(kernel, dilation):
+    """How F.pad makes a convolution keep its input's size: left, right, top, bottom."""
+    padding = []
+    for size, step in zip(reversed(kernel), reversed(dilation)):
+        total = step * (size - 1)
+        padding += [total // 2, total - total // 2]
+    return padding

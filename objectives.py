@@ -6,15 +6,16 @@ returns the loss, a mean over words, and a dict of figures to log, among them th
 cross-entropy waits for the device.
 """
 
+import copy
 from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from captioner import METHODS, PIXELS_PER_PASS, evaluating
 from decoding import greedy, multinomial
-from lrp_utils import inference_weights
+from explanation import METHODS, PIXELS_PER_PASS, propagate
+from lrp_utils import inference_weights, summed
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.ciderd.ciderd import CiderD
 from vocabulary import STOP_WORDS, padded, tokenize
@@ -47,7 +48,7 @@ class TeacherForcing:
             part.to(device, non_blocking=True) for part in parts
         )
 
-    def pick(self, *parts):
+    def pick(self, parts):
         """Parts (B, N, T, H) -> (M, H) each."""
         return tuple(part.flatten(0, -2)[self.rows] for part in parts)
 
@@ -78,7 +79,7 @@ class CrossEntropy:
     def losses(self, words, parts):
         """Cross-entropy (M,) in nats of the target words, from parts context and hidden (M, H)."""
         return F.cross_entropy(
-            precise(self.captioner.last_layer(*parts)),
+            precise(self.captioner.last_layer(parts)),
             words.targets,
             reduction="none",
             label_smoothing=self.label_smoothing,
@@ -105,36 +106,37 @@ class LRPInference(CrossEntropy):
         super().__init__(captioner, captions_per_image)
         self.share, self.quiet = share, quiet_words(captioner.vocabulary).to(captioner.device)
 
-    def weighted(self, context, hidden, scores, words):
-        """context and hidden (M, H), predicted words and their logits (M,) -> what goes into the last layer for p_hat, (M, H)."""
+    def weighted(self, addends, scores, words):
+        """addends (M, H) each, predicted words and their logits (M,) -> what goes into the last layer for p_hat, (M, H)."""
         with torch.no_grad():
             omegas = inference_weights(
-                precise(context), precise(hidden), self.captioner.fc.weight[words], scores
+                [precise(addend) for addend in addends], self.captioner.fc.weight[words], scores
             )
             omegas = [torch.where(self.quiet[words].unsqueeze(-1), 1, omega) for omega in omegas]
-        return omegas[0] * context + omegas[1] * hidden
+        return summed([omega * addend for omega, addend in zip(omegas, addends)])
 
-    def last_layer(self, context, hidden):
-        """context and hidden (..., H) -> p_hat (..., V), for SCST; a captioner's `last_layer`."""
-        shape, (context, hidden) = context.shape[:-1], self._dropped(context, hidden)
+    def last_layer(self, addends):
+        """addends (..., H) -> p_hat (..., V), for SCST; a captioner's `last_layer`."""
+        shape = addends[0].shape[:-1]
+        addends = self._dropped(addends)
         with torch.no_grad():
-            predicted = self.captioner.fc(context + hidden).max(dim=-1)
-        return self.captioner.fc(self.weighted(context, hidden, *predicted)).unflatten(0, shape)
+            predicted = self.captioner.fc(summed(addends)).max(dim=-1)
+        return self.captioner.fc(self.weighted(addends, *predicted)).unflatten(0, shape)
 
-    def _dropped(self, context, hidden):
+    def _dropped(self, addends):
         """(..., H) -> (M, H) each, under one dropout mask."""
-        mask = self.captioner.dropout(torch.ones_like(context))
-        return (context * mask).flatten(0, -2), (hidden * mask).flatten(0, -2)
+        mask = self.captioner.dropout(torch.ones_like(addends[0]))
+        return [(addend * mask).flatten(0, -2) for addend in addends]
 
     def losses(self, words, parts):
         """As of CrossEntropy; p_hat is computed only where it is not p."""
-        context, hidden = self._dropped(*parts)
-        logits = precise(self.captioner.fc(context + hidden))
+        addends = self._dropped(parts)
+        logits = precise(self.captioner.fc(summed(addends)))
         plain = F.cross_entropy(logits, words.targets, reduction="none")
         scores, predicted = logits.detach().max(dim=-1)
         rows = (~self.quiet[predicted]).nonzero().flatten()
         inferred = self.captioner.fc(
-            self.weighted(context[rows], hidden[rows], scores[rows], predicted[rows])
+            self.weighted([addend[rows] for addend in addends], scores[rows], predicted[rows])
         )
         return self._combined(
             plain,
@@ -166,7 +168,7 @@ class ImageLRPInference(LRPInference):
         )
         inferred = logits.scatter(-1, predicted.unsqueeze(-1), (scores * factors).unsqueeze(-1))
         losses = (
-            F.cross_entropy(*words.pick(part), words.targets, reduction="none")
+            F.cross_entropy(*words.pick([part]), words.targets, reduction="none")
             for part in (logits, inferred)
         )
         return self._combined(*losses).mean(), {"words": len(words.targets)}
@@ -174,34 +176,25 @@ class ImageLRPInference(LRPInference):
     def image_weights(self, images, inputs, words, wanted):
         """m (B, N, T) of the words predicted after inputs (B, N, T), 1 where it is not wanted (bool)."""
         factors = torch.ones(words.shape, dtype=images.dtype, device=images.device)
-        encoder = self.captioner.encoder.folded()
-        with (
-            evaluating(self.captioner),
-            torch.autocast(images.device.type, enabled=False),
-        ):  # relevance is always float32
-            for caption in range(words.shape[1]):
-                most = max(1, int(wanted[:, caption].sum(-1).max()))
-                places = (
-                    wanted[:, caption].int().argsort(dim=-1, descending=True, stable=True)[:, :most]
-                )  # (B, K), those wanted first
-                step = max(1, PIXELS_PER_PASS // (most * images[0, 0].numel()))
-                for first in range(0, len(images), step):
-                    part = slice(first, first + step)
-                    found, _ = self.captioner.propagate(
-                        images[part],
-                        inputs[part, caption],
-                        words[part, caption],
-                        places[part],
-                        METHODS["lrp"],
-                        encoder,
-                    )
-                    maps = found["image_relevance"].flatten(2)  # (B, K, pixels)
-                    mean = maps.mean(-1) / maps.abs().amax(-1).clamp(
-                        min=torch.finfo(maps.dtype).tiny
-                    )
-                    factors[part, caption] = factors[part, caption].scatter(
-                        1, places[part], 1 + mean
-                    )
+        for caption in range(words.shape[1]):
+            most = max(1, int(wanted[:, caption].sum(-1).max()))
+            places = (
+                wanted[:, caption].int().argsort(dim=-1, descending=True, stable=True)[:, :most]
+            )  # (B, K), those wanted first
+            step = max(1, PIXELS_PER_PASS // (most * images[0, 0].numel()))
+            for first in range(0, len(images), step):
+                part = slice(first, first + step)
+                found = propagate(
+                    self.captioner,
+                    images[part],
+                    inputs[part, caption],
+                    words[part, caption],
+                    places[part],
+                    METHODS["lrp"],
+                )
+                maps = found["image_relevance"].flatten(2)  # (B, K, pixels)
+                mean = maps.mean(-1) / maps.abs().amax(-1).clamp(min=torch.finfo(maps.dtype).tiny)
+                factors[part, caption] = factors[part, caption].scatter(1, places[part], 1 + mean)
         return torch.where(wanted, factors, 1.0)
 
 
@@ -225,6 +218,7 @@ class SCST:
             baseline,
             bleu_weight,
         )
+        self.inference = inference
         self.last_layer = inference.last_layer if inference else None
         vocabulary = captioner.vocabulary
         self.references = [
@@ -247,10 +241,10 @@ class SCST:
         )
         parts = self.captioner(features, words.inputs, last_layer=words.pick, lengths=words.lengths)
         logits = (
-            precise((self.last_layer or self.captioner.last_layer)(*parts)) + self.captioner.silence
+            precise((self.last_layer or self.captioner.last_layer)(parts)) + self.captioner.silence
         )
         (advantages,) = words.pick(
-            (rewards - baseline).unsqueeze(-1).expand(targets.shape).unsqueeze(-1)
+            [(rewards - baseline).unsqueeze(-1).expand(targets.shape).unsqueeze(-1)]
         )
         losses = F.cross_entropy(logits, words.targets, reduction="none") * advantages.squeeze(-1)
         return losses.mean(), {
@@ -262,23 +256,22 @@ class SCST:
     @torch.no_grad()
     def draw(self, features, indices):
         """Sampled captions (word ids with `<end>`) of each image, their rewards (B, S) and the baseline (B, 1) or (B, S)."""
-        captioner, longest = self.captioner, self.captioner.config.max_length
+        captioner, longest = self.captioner.eval_view(), self.captioner.config.max_length
         speaker = captioner
-        if self.last_layer:
-            next_words = partial(captioner.next_words, last_layer=self.last_layer)
+        if self.inference:
+            inference = copy.copy(self.inference)  # its dropout has to be off too
+            inference.captioner = captioner
+            next_words = partial(captioner.next_words, last_layer=inference.last_layer)
             speaker = SimpleNamespace(
                 vocabulary=captioner.vocabulary,
-                look=captioner.look,
-                start=captioner.start,
+                image_memory=captioner.image_memory,
+                initial_state=captioner.initial_state,
                 next_words=next_words,
             )
-        with evaluating(captioner):
-            sampled = self._ended(multinomial(speaker, features, longest, self.samples))
-            likeliest = (
-                self._ended(greedy(captioner, features, longest))
-                if self.baseline == "greedy"
-                else None
-            )
+        sampled = self._ended(multinomial(speaker, features, longest, self.samples))
+        likeliest = (
+            self._ended(greedy(captioner, features, longest)) if self.baseline == "greedy" else None
+        )
         rewards = self.rewards(sampled, indices).to(features.device)
         if likeliest is not None:
             return sampled, rewards, self.rewards(likeliest, indices).to(features.device)

@@ -36,14 +36,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
+from basemodel import DROPOUTS, read_checkpoint
 from captiondata import CaptionDataset
 from captioner import (
-    DROPOUTS,
     MODELS,
     CaptionerConfig,
     build_captioner,
     load_captioner,
-    read_checkpoint,
 )
 from captionmetrics import caption_metrics
 from commandline import (

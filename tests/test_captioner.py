@@ -6,14 +6,8 @@ import pytest
 import torch
 from helpers import random_captioner
 
-from captioner import (
-    METHODS,
-    MODELS,
-    CaptionerConfig,
-    build_captioner,
-    load_captioner,
-    read_checkpoint,
-)
+from basemodel import read_checkpoint
+from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import UserError
 from images import image_transform, load_image
 
@@ -93,7 +87,7 @@ def test_the_captioner_that_ships_explains_and_captions_batches_as_single_images
 
 def test_chunking_does_not_change_explanations(exact, images, monkeypatch):
     whole = exact.explain(images.double(), CAPTIONS)
-    monkeypatch.setattr("captioner.PIXELS_PER_PASS", 1)
+    monkeypatch.setattr("explanation.PIXELS_PER_PASS", 1)
     for one, other in zip(whole, exact.explain(images.double(), CAPTIONS)):
         assert_same_explanation(one, other)
 
@@ -207,8 +201,8 @@ def test_teacher_forcing_equals_step_by_step(captioner, images):
     with torch.no_grad():
         features = captioner.encoder(images.double())
         logits = captioner(features, inputs).log_softmax(-1)
-        memory = captioner.look(features)
-        state = captioner.start(memory, 2)
+        memory = captioner.image_memory(features)
+        state = captioner.initial_state(memory, 2)
         for t in range(6):
             step, state = captioner.next_words(inputs[:, :, t], state, memory)
             said = step.isfinite()
@@ -219,7 +213,7 @@ def test_teacher_forcing_equals_step_by_step(captioner, images):
 def test_scheduled_sampling_feeds_back_predictions(captioner, images):
     features, inputs = captioner.encoder(images), torch.randint(1, 30, (3, 2, 8))
     with torch.no_grad():
-        memory = captioner.look(features)
+        memory = captioner.image_memory(features)
         mixed = captioner._scheduled_inputs(memory, inputs, ss_prob=1.0)
         predicted = captioner(features, mixed)
     silent = [captioner.vocabulary.pad, captioner.vocabulary.start, captioner.vocabulary.unk]

@@ -59,8 +59,8 @@ def features(captioner):
 @torch.no_grad()
 def next_log_probabilities(captioner, features, words):
     """The log-probabilities (V,) of the word after `<start>` and these words, one step at a time."""
-    memory = captioner.look(features)
-    state, previous = captioner.start(memory), captioner.vocabulary.start
+    memory = captioner.image_memory(features)
+    state, previous = captioner.initial_state(memory), captioner.vocabulary.start
     for word in [*words, None]:
         step, state = captioner.next_words(torch.tensor([[previous]]), state, memory)
         previous = word
@@ -309,10 +309,5 @@ def test_reorder_and_of_rows_index_every_tensor():
         [6, 7],
         [8, 9],
     ]
-    memory = {"regions": torch.arange(3), "mask": None, "weights": {"word": torch.arange(5)}}
-    picked = decoding.of_rows(memory, torch.tensor([True, False, True]))
-    assert (
-        picked["regions"].tolist() == [0, 2]
-        and picked["mask"] is None
-        and len(picked["weights"]["word"]) == 5
-    )
+    picked = decoding.of_rows((torch.arange(3),), torch.tensor([True, False, True]))
+    assert picked[0].tolist() == [0, 2]

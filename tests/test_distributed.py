@@ -13,7 +13,7 @@ from fixtures import prepared_scenes
 from helpers import random_captioner
 
 import distributed
-from captioner import read_checkpoint
+from basemodel import read_checkpoint
 from commandline import UserError
 from vocabulary import Vocabulary
 

@@ -26,8 +26,8 @@ def test_word_scores_are_the_largest_probabilities_on_the_way():
     scores = word_scores(captioner, features, captions, [words[1], "nowhere", words[2]])
     with torch.no_grad():
         for row, caption in enumerate(captions):
-            memory = captioner.look(features[row : row + 1])
-            state, steps = captioner.start(memory), []
+            memory = captioner.image_memory(features[row : row + 1])
+            state, steps = captioner.initial_state(memory), []
             for word in ["<start>", *caption]:
                 step, state = captioner.next_words(
                     torch.tensor([captioner.vocabulary.encode([word])]), state, memory

@@ -8,16 +8,16 @@ from helpers import random_captioner, relative_difference
 from oracle_lrp import encoder_lrp, gridtd_forward, gridtd_lrp
 from torch import nn
 
-from captioner import Method
 from commandline import UserError
+from explanation import Method, explain_batch
 from gradient_utils import input_x_gradient
-from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, stabilize
+from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, stabilize, summed
 
 
 def explain_double(captioner, images, ids, epsilon):
     """LRP with another epsilon than the paper's; everything stays float64."""
     method = Method(lambda: LRP(epsilon), AlphaOneBetaZero, input_x_gradient)
-    return captioner._explain_chunk(images, ids, method, captioner.encoder.folded())
+    return explain_batch(captioner, images, ids, method)
 
 
 def encoder_layers(encoder):
@@ -159,10 +159,11 @@ def test_the_mode_leaves_the_network_as_it_was():
 def test_rules_do_not_change_the_forward_pass():
     captioner = random_captioner()
     features, inputs = torch.randn(2, 9, 256, dtype=torch.float64), torch.randint(1, 30, (2, 3, 5))
-    outputs = [
-        captioner.unroll(captioner.embedding(inputs), captioner.look(features, rules), rules)[0]
-        for rules in (TrueGradient, LRP())
-    ]
+    embeddings = captioner.embedding(inputs)
+    outputs = []
+    for rules in (TrueGradient(), LRP()):
+        memory = captioner.image_memory(features, rules)
+        outputs.append(summed(captioner.unroll(embeddings, memory, rules).addends))
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
 
 
@@ -173,7 +174,7 @@ def test_stabilize_takes_the_sign_of_zero_as_positive():
 
 def test_tanh_rule_at_zero_is_its_limit():
     g = torch.tensor([0.0, 1e-30, 2.0], dtype=torch.float64, requires_grad=True)
-    (c,) = torch.autograd.grad(LRP.tanh(g).sum(), g)
+    (c,) = torch.autograd.grad(LRP().tanh(g).sum(), g)
     np.testing.assert_allclose(c, [1, 1, np.tanh(2) / 2])
 
 
@@ -232,18 +233,14 @@ def test_attnlrp_follows_its_propositions():
     assert relative_difference(found[0][0, 0], R_query) < 1e-6
 
 
-def test_attnlrp_is_an_option_of_the_multi_head_captioner_only():
-    image, caption = torch.randn(1, 3, 128, 128, dtype=torch.float64), [["w1", "w2", "w3"]]
+def test_attnlrp_is_a_method_of_the_multi_head_captioner_only():
+    image = torch.randn(1, 3, 128, 128, dtype=torch.float64)
+    caption = [["w1", "w2", "w3"]]
     captioner = random_captioner(model_type="aoa")
-    plain, through = (
-        captioner.explain(image, caption, through_attention=choice)[0] for choice in (False, True)
-    )
-    assert (
-        torch.equal(plain.scores, through.scores)
-        and relative_difference(through.region_relevance, plain.region_relevance) > 1e-3
-    )
-    for model_type, method in (("gridtd", "lrp"), ("aoa", "gradient")):
+    plain = captioner.explain(image, caption, "lrp")[0]
+    through = captioner.explain(image, caption, "attnlrp")[0]
+    assert torch.equal(plain.scores, through.scores)
+    assert relative_difference(through.region_relevance, plain.region_relevance) > 1e-3
+    for model_type in ("gridtd", "adaptive"):
         with pytest.raises(UserError, match="only LRP of the multi-head captioner"):
-            random_captioner(model_type=model_type).explain(
-                image, caption, method, through_attention=True
-            )
+            random_captioner(model_type=model_type).explain(image, caption, "attnlrp")

@@ -11,9 +11,11 @@ from helpers import random_captioner
 from oracle_metrics import slow_cider_d
 
 import train
+from basemodel import DROPOUTS, read_checkpoint
 from captiondata import CaptionDataset
-from captioner import DROPOUTS, METHODS, MODELS, load_captioner, read_checkpoint
+from captioner import METHODS, MODELS, load_captioner
 from commandline import UserError
+from explanation import propagate
 from lrp_utils import EPSILON, inference_weights
 from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference, quiet_words
 from vocabulary import STOP_WORDS
@@ -53,7 +55,7 @@ def slow_weights(context, hidden, fc, word):
 
 
 def parts_of(captioner, features, inputs):
-    return captioner.unroll(captioner.embedding(inputs), captioner.look(features))[:2]
+    return captioner.unroll(captioner.embedding(inputs), captioner.image_memory(features)).addends
 
 
 @pytest.fixture(params=MODELS)
@@ -83,7 +85,7 @@ def test_the_weights_equal_their_definition(setting):
     )
     logits = captioner.fc(context + hidden)
     scores, words = logits.max(-1)
-    found = inference_weights(context, hidden, captioner.fc.weight[words], scores)
+    found = inference_weights((context, hidden), captioner.fc.weight[words], scores)
     for row in range(len(words)):
         for omega, expected in zip(
             found, slow_weights(context[row], hidden[row], captioner.fc, words[row])
@@ -95,7 +97,7 @@ def test_the_weights_equal_their_definition(setting):
 def test_nothing_arrives_nothing_is_weighted():
     zero = torch.zeros(1, 4, dtype=torch.float64)
     for omega in inference_weights(
-        zero, zero, torch.randn(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        (zero, zero), torch.randn(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     ):
         assert torch.equal(omega, torch.ones_like(omega))
 
@@ -156,7 +158,7 @@ def test_the_weighted_last_layer_is_that_of_the_loss(setting):
     captioner, features, inputs, _ = setting
     objective = LRPInference(captioner)
     context, hidden = parts_of(captioner, features, inputs)
-    p_hat = objective.last_layer(context, hidden)
+    p_hat = objective.last_layer((context, hidden))
     logits = captioner.fc(context + hidden)
     quiet = quiet_words(captioner.vocabulary)[logits.argmax(-1)]
     assert quiet.any() and not quiet.all()
@@ -187,10 +189,14 @@ def test_image_weights_by_hand(model_type):
         said = p.argmax().item()
         row = torch.cat([inputs[image, caption, 1 : word + 1], torch.tensor([said])])[None]
         start = torch.full((1, 1), captioner.vocabulary.start)
-        found, _ = captioner.eval().propagate(
-            images[image : image + 1], torch.cat([start, row[:, :-1]], 1), row, torch.tensor([[word]]), METHODS["lrp"], captioner.encoder.folded()
-        )  # fmt: skip
-        captioner.train()
+        found = propagate(
+            captioner,
+            images[image : image + 1],
+            torch.cat([start, row[:, :-1]], 1),
+            row,
+            torch.tensor([[word]]),
+            METHODS["lrp"],
+        )
         heat = found["image_relevance"][0, 0]
         p_hat = p.clone()
         p_hat[said] = p[said] * (1 + (heat / heat.abs().max()).mean())

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 import objectives
 import train
+from basemodel import read_checkpoint
 from captiondata import CaptionDataset
-from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner, read_checkpoint
+from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import UserError, read_json, write_json
 from images import image_transform
 from preparedataset import cache_features

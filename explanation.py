@@ -1,0 +1,351 @@
+"""Why a captioner said each word of a caption: the methods, and the pass that explains all words.
+
+    explanations = captioner.explain(images)                    # one Explanation an image
+    explanations = captioner.explain(images, method="gradcam")
+
+A method is a row of `METHODS`. `propagate` runs it: one forward, teacher-forced on the captions,
+and one backward for all words of all images of a batch.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from commandline import UserError
+from gradient_utils import (
+    GuidedReLU,
+    attention_map,
+    grad_cam,
+    gradient,
+    guided_grad_cam,
+    input_x_gradient,
+)
+from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, summed
+from vocabulary import padded
+
+# Values of relevance maps that are propagated at once (20 maps of 224x224); bounds the memory.
+PIXELS_PER_PASS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to explain.
+
+    rules      () -> the decoder's rules (lrp_utils.Rules)
+    encoder    () -> a context manager in which the encoder runs, and which may change it
+    relevance  a function of (leaves, gradients, attention, grid), see gradient_utils.py, that
+               returns fields of `Explanation`
+    pixels     whether the gradient has to go through the encoder
+    leaves     names of further inner values of the captioner (`Rules.leaf`) to get gradients of
+    check      a function of a captioner that raises a UserError if the method is not for it
+    """
+
+    rules: Callable
+    encoder: Callable
+    relevance: Callable
+    pixels: bool = True
+    leaves: tuple = ()
+    check: Callable = lambda captioner: None
+
+
+def needs_pixels(captioner):
+    """Raise a UserError for a captioner that is given features instead of images."""
+    if captioner.encoder.given:
+        raise UserError(
+            "guided backpropagation needs pixels, and bottom-up features come without them"
+        )
+
+
+def needs_dot_product_attention(captioner):
+    """Raise a UserError for a captioner whose attention AttnLRP has no rules for."""
+    if not captioner.dot_product_attention:
+        raise UserError(
+            "only LRP of the multi-head captioner (aoa) can go through the attention scores"
+        )
+
+
+METHODS = {
+    "lrp": Method(LRP, AlphaOneBetaZero, input_x_gradient),
+    "attnlrp": Method(
+        AttnLRP, AlphaOneBetaZero, input_x_gradient, check=needs_dot_product_attention
+    ),
+    "gradcam": Method(TrueGradient, nullcontext, grad_cam, pixels=False),
+    "guided_gradcam": Method(TrueGradient, GuidedReLU, guided_grad_cam, check=needs_pixels),
+    "guided_backprop": Method(TrueGradient, GuidedReLU, gradient, check=needs_pixels),
+    "gradient": Method(TrueGradient, nullcontext, gradient),
+    "input_x_gradient": Method(TrueGradient, nullcontext, input_x_gradient),
+    "attention": Method(TrueGradient, nullcontext, attention_map, pixels=False),
+}
+
+
+@dataclass
+class Explanation:
+    """Why a captioner said each of the T words of a caption.
+
+    Tensors are on the CPU, in the captioner's precision (float32).
+
+    words             T strings
+    scores            (T,) the explained logits
+    probabilities     (T,) the softmax of the same
+    image_relevance   (T, H, W) signed relevance of the pixels, channels summed, not normalised;
+                      None for bottom-up features
+    region_relevance  (T, L) of the encoder's region features, channels summed
+    word_relevance    (T, T) row t: of the inputs 0..t = `<start>`, word 0 .. word t-1; zero above
+                      the diagonal
+    attention         (T, heads, L)
+    beta              (T,) the weight of the visual sentinel, or None
+    extra             {name: tensor (T, ...)}: what else the method says
+    """
+
+    words: list
+    scores: torch.Tensor
+    probabilities: torch.Tensor
+    image_relevance: torch.Tensor | None
+    region_relevance: torch.Tensor
+    word_relevance: torch.Tensor
+    attention: torch.Tensor
+    beta: torch.Tensor | None
+    extra: dict = field(default_factory=dict)
+
+
+def method_for(captioner, name):
+    """The Method called `name`; UserError if there is none, or it is not for this captioner."""
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise UserError(f"there is no explanation method '{name}'; choose from {known}")
+    METHODS[name].check(captioner)
+    return METHODS[name]
+
+
+def explain(captioner, images, captions=None, method="lrp"):
+    """Explain every word of a caption of every image.
+
+    images: (B, 3, S, S), ImageNet-normalised, or bottom-up features (B, L, D), padded with zeros;
+    captions: B sequences of words, or None to decode them first (3 beams); method: one of METHODS.
+
+    Returns B Explanations; that of an image of which the captioner says nothing has no words.
+    UserError for an unknown method or one that does not suit the captioner, images of another
+    shape, another number of captions, an empty caption, or a word that the captioner cannot say.
+
+    May be called from several threads, and of a captioner in train mode.
+    """
+    chosen = method_for(captioner, method)
+    captioner.encoder.check_inputs(images)
+    with torch.inference_mode(False):
+        if any(parameter.is_inference() for parameter in captioner.parameters()):
+            raise UserError(
+                "the captioner was moved or converted inside torch.inference_mode(), so it has no "
+                "gradients; do that outside"
+            )
+        images = images.clone() if images.is_inference() else images
+        if captions is None:
+            captions = captioner.caption(images)
+            token_ids = [captioner.vocabulary.encode(words) for words in captions]
+        else:
+            token_ids = [explainable_ids(captioner.vocabulary, words) for words in captions]
+        if len(token_ids) != len(images):
+            raise UserError(f"{len(images)} images need as many captions, not {len(token_ids)}")
+        explanations = []
+        for part in _parts(images, token_ids):
+            explanations += explain_batch(captioner, images[part], token_ids[part], chosen)
+    return explanations
+
+
+def explainable_ids(vocabulary, words):
+    """The token ids of a caption's words; UserError if there is none, or one cannot be said."""
+    if isinstance(words, str):
+        raise UserError(f"a caption is a sequence of words, and '{words}' is one text; split it")
+    words = list(words)
+    token_ids = vocabulary.encode(words)
+    for word, token_id in zip(words, token_ids):
+        if not 0 < token_id < vocabulary.unk:
+            raise UserError(
+                f"the word '{word}' is not in this captioner's vocabulary, "
+                "so it cannot be explained"
+            )
+    if not words:
+        raise UserError("there is no word to explain in an empty caption")
+    return token_ids
+
+
+def _parts(images, token_ids):
+    """Slices of consecutive images, each small enough to be explained in one pass."""
+    if not len(images):
+        return []
+    longest = max(1, max(map(len, token_ids)))
+    size = max(1, PIXELS_PER_PASS // (longest * images[0, 0].numel()))
+    return [slice(first, first + size) for first in range(0, len(images), size)]
+
+
+def explain_batch(captioner, images, token_ids, method):
+    """The Explanations of a few images for their captions, B lists of token ids; see `explain`."""
+    images = images.to(captioner.device, captioner.fc.weight.dtype)
+    # A silent image still needs a place in the batch; what is found there is cut off again.
+    started = [
+        [captioner.vocabulary.start, *(ids or [captioner.vocabulary.end])] for ids in token_ids
+    ]
+    tokens = padded(started).to(captioner.device)
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:]
+    positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+    found = propagate(captioner, images, inputs, targets, positions, method)
+    return [
+        _explanation(captioner, ids, {name: value[row] for name, value in found.items()})
+        for row, ids in enumerate(token_ids)
+    ]
+
+
+class Forward(NamedTuple):
+    """What the forward pass of an explanation leaves for the way back.
+
+    leaves     {name: tensor (B, ...), None or a list of tensors} that gradients are wanted of
+    outputs    (B, T, H), the sums that go into the last layer
+    scores     (B, T), the explained logits
+    attention  (B, T, heads, L)
+    beta       (B, T) or None
+    """
+
+    leaves: dict
+    outputs: torch.Tensor
+    scores: torch.Tensor
+    attention: torch.Tensor
+    beta: torch.Tensor | None
+
+
+def propagate(captioner, images, inputs, targets, positions, method):
+    """Explain, by one forward and one backward, the logits of K words of each image's caption.
+
+    images (B, 3, H, W), or features where these are given; inputs and targets (B, T) token ids;
+    positions (B, K): which of the T words; method: a Method. Returns a dict of fields of
+    `Explanation`, and of what else the method says, each with B first: relevance (B, K, ...),
+    scores, probabilities, attention and, if there is one, beta (B, T, ...).
+    """
+    autocast = torch.autocast(images.device.type, enabled=False)
+    with torch.enable_grad(), autocast, exact_convolutions():
+        forward = explained_forward(captioner, images, inputs, targets, method)
+        gradients = word_gradients(forward.scores, positions, forward.leaves)
+    with torch.no_grad():
+        attention = forward.attention.transpose(0, 1)
+        found = method.relevance(forward.leaves, gradients, attention, captioner.encoder.grid)
+        batch = {name: part.transpose(0, 1) for name, part in found.items() if part is not None}
+        probabilities = captioner.fc(forward.outputs).softmax(-1)
+        batch["scores"] = forward.scores
+        batch["probabilities"] = probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        batch["attention"] = forward.attention
+        if forward.beta is not None:
+            batch["beta"] = forward.beta
+    return batch
+
+
+def explained_forward(captioner, images, inputs, targets, method):
+    """The captioner's forward under the rules of a method, teacher-forced; see `propagate`."""
+    encoder = captioner.encoder.folded()
+    captioner = captioner.eval_view()
+    rules = method.rules()
+    rules.watched = {name: [] for name in method.leaves}
+    through_encoder = method.pixels and not encoder.given
+    images = images.detach().requires_grad_(through_encoder)
+    with method.encoder():
+        features = encoder(images)
+    if not through_encoder:
+        features = features.detach().requires_grad_()
+    embeddings = captioner.embedding(inputs).detach().requires_grad_()
+    memory = captioner.image_memory(features, rules)
+    unrolled = captioner.unroll(embeddings.unsqueeze(1), memory, rules)
+    outputs = rules.epsilon(summed([addend.squeeze(1) for addend in unrolled.addends]))
+    rows = captioner.fc.weight[targets]
+    scores = rules.epsilon((outputs * rows).sum(-1) + captioner.fc.bias[targets])
+    leaves = {"image": None if encoder.given else images, "regions": features}
+    leaves |= {"words": embeddings, **rules.watched}
+    beta = None if unrolled.beta is None else unrolled.beta.squeeze(1)
+    return Forward(leaves, outputs, scores, unrolled.attention.squeeze(1), beta)
+
+
+def word_gradients(scores, positions, leaves):
+    """The gradients of the scores (B, T) at the positions (B, K) with respect to the leaves.
+
+    leaves: {name: tensor (B, ...), None, or a list of tensors}. Returns {name: tensor (K, B, ...)},
+    None for a leaf that wants no gradient or on which the scores do not depend, or a list of these.
+    """
+    seeds = F.one_hot(positions, scores.shape[1]).to(scores).transpose(0, 1)  # (K, B, T)
+    wanted = []
+    for leaf in leaves.values():
+        for tensor in leaf if isinstance(leaf, list) else [leaf]:
+            if tensor is not None and tensor.requires_grad:
+                wanted.append(tensor)
+    gradients = iter(
+        torch.autograd.grad(scores, wanted, seeds, is_grads_batched=True, allow_unused=True)
+    )
+
+    def gradient_of(tensor):
+        return next(gradients) if tensor is not None and tensor.requires_grad else None
+
+    found = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf, list):
+            found[name] = [gradient_of(tensor) for tensor in leaf]
+        else:
+            found[name] = gradient_of(leaf)
+    return found
+
+
+def _explanation(captioner, token_ids, parts):
+    """The Explanation of one image, cut to the length of its caption.
+
+    parts: what `propagate` found for it.
+    """
+    length = len(token_ids)
+    cut = {name: value[:length].detach().cpu() for name, value in parts.items()}
+    cut["word_relevance"] = cut["word_relevance"][:, :length]
+    fields = {"image_relevance": None, "beta": None}
+    extra = {}
+    for name, value in cut.items():
+        known = name in Explanation.__dataclass_fields__
+        (fields if known else extra)[name] = value
+    words = captioner.vocabulary.decode(token_ids)
+    return Explanation(words=words, extra=extra, **fields)
+
+
+class _ExactConvolutions:
+    """How many explanations are under way, and whether convolutions may be inexact without them."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.under_way = 0
+        self.allowed = None
+
+    def begin(self):
+        """The first one switches TF32 off."""
+        with self.lock:
+            if not self.under_way:
+                self.allowed = torch.backends.cudnn.allow_tf32
+                torch.backends.cudnn.allow_tf32 = False
+            self.under_way += 1
+
+    def end(self):
+        """The last one leaves the switch as the first has found it."""
+        with self.lock:
+            self.under_way -= 1
+            if not self.under_way:
+                torch.backends.cudnn.allow_tf32 = self.allowed
+
+
+_EXACT_CONVOLUTIONS = _ExactConvolutions()
+
+
+@contextmanager
+def exact_convolutions():
+    """Convolutions in float32 inside. By default a GPU would multiply in TF32, 10 bits of mantissa.
+
+    The switch is global, so threads that explain at the same time share it.
+    """
+    _EXACT_CONVOLUTIONS.begin()
+    try:
+        yield
+    finally:
+        _EXACT_CONVOLUTIONS.end()
