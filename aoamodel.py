@@ -96,11 +96,11 @@ class AoACaptioner(Captioner):
         scores = rules.epsilon(products * scale)
         if memory["mask"] is not None:
             scores = scores.masked_fill(~memory["mask"][:, None, None], -torch.inf)
-        alpha = rules.leaf("attention", scores.softmax(dim=-1))
-        weights = rules.weights(self.attention_dropout(alpha))
+        alpha = rules.leaf("attention", scores.softmax(dim=-1).transpose(1, 2))
+        weights = rules.weights(self.attention_dropout(alpha.transpose(1, 2)))
         context = rules.epsilon((weights @ memory["values"]).transpose(1, 2).flatten(2))
         gate = rules.constant(torch.sigmoid(self.context_gate(hidden)))
-        return gate * rules.epsilon(self.context_projection(context)), alpha.transpose(1, 2)
+        return gate * rules.epsilon(self.context_projection(context)), alpha
 
     def _by_head(self, x):
         """(B, M, H) -> (B, heads, M, H/heads)."""

@@ -377,6 +377,8 @@ class Captioner(nn.Module):
             options["beam_size"] = beam_size
         for name, value in options.items():
             decoding.check_option(method, name, value)
+        if not len(features):
+            return []
         self.encoder.check_regions(features)
         longest = max_length or self.config.max_length
         found = decoding.DECODERS[method](self.eval_view(), features, longest, **options)

@@ -225,11 +225,11 @@ def propagate(captioner, images, inputs, targets, positions, method):
     `Explanation`, and of what else the method says, each with B first: relevance (B, K, ...),
     scores, probabilities, attention and, if there is one, beta (B, T, ...).
     """
-    autocast = torch.autocast(images.device.type, enabled=False)
-    with torch.enable_grad(), autocast, exact_convolutions():
+    precise = torch.autocast(images.device.type, enabled=False)
+    with precise, exact_convolutions(), torch.enable_grad():
         forward = explained_forward(captioner, images, inputs, targets, method)
         gradients = word_gradients(forward.scores, positions, forward.leaves)
-    with torch.no_grad():
+    with precise, torch.no_grad():
         attention = forward.attention.transpose(0, 1)
         found = method.relevance(forward.leaves, gradients, attention, captioner.encoder.grid)
         batch = {name: part.transpose(0, 1) for name, part in found.items() if part is not None}

@@ -85,7 +85,7 @@ class AdaptiveAttention(Captioner):
             scores = scores.masked_fill(~memory["mask"].unsqueeze(1), -torch.inf)
         sentinel_key = torch.sigmoid(2 * self.attention_sentinel(sentinel) + query)
         sentinel_score = 2 * self.attention_score(sentinel_key)
-        alpha = rules.leaf("attention", scores.softmax(dim=-1))
+        alpha = rules.leaf("attention", scores.softmax(dim=-1).unsqueeze(-2)).squeeze(-2)
         beta = torch.cat([scores, sentinel_score], dim=-1).softmax(dim=-1)[..., -1:]
         alpha = rules.constant(alpha)
         beta = rules.constant(beta)

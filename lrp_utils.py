@@ -86,8 +86,8 @@ class Rules:
     def leaf(self, name, x):
         """An inner value x that an explanation may want the gradient of; returns x.
 
-        A captioner names such values (today: "attention"), and a method lists the names it wants
-        (`Method.leaves`).
+        A captioner names such values, and a method lists the names that it wants (`Method.leaves`).
+        Today's captioners name "attention": in each step its weights (B, N, heads, L).
         """
         if name in self.watched:
             self.watched[name].append(x)

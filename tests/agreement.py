@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from helpers import random_captioner, relative_difference  # noqa: E402
-from oracle_gradients import all_word_gradients, explain_words  # noqa: E402
+from oracle_gradients import REFERENCES, all_word_gradients, explain_words  # noqa: E402
 from oracle_lrp import gridtd_lrp  # noqa: E402
 from oracle_models import adaptive_lrp, aoa_lrp, graph_lrp  # noqa: E402
 
 from captioner import METHODS  # noqa: E402
+from explanation import explain_batch  # noqa: E402
 from images import image_transform, load_image  # noqa: E402 (the path comes first)
 
 ENCODERS = ("scenes_vgg", "vgg16", "resnet101", "squeezenet1_1", "inception_v3")
@@ -114,7 +115,8 @@ def decoder_lrp(captioner, features, ids):
 
 def lrp_disagreement(captioner, image, ids):
     """The largest relative differences of LRP's regions, words and (for the last word) pixels, on image (3, H, W)."""
-    ours = captioner.explain(image[None], [captioner.vocabulary.decode(ids)])[0]
+    # Not captioner.explain, which wants images of the encoder's size: tests use smaller ones.
+    (ours,) = explain_batch(captioner, image[None], [ids], METHODS["lrp"])
     with torch.no_grad():
         features = captioner.encoder(image[None])[0]
         maps = captioner.encoder.net(image[None])[0]
@@ -143,7 +145,7 @@ def gradient_disagreements(captioner, image, ids):
         captioner.vocabulary.start,
     )
     found = {}
-    for method in METHODS.keys() - {"lrp"}:
+    for method in REFERENCES:
         ours = captioner.explain(image[None], [captioner.vocabulary.decode(ids)], method)[0]
         pixels, regions, inputs = explain_words(method, words, encoder.grid)
         found[method] = {

@@ -4,29 +4,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from captioner import CaptionerConfig, build_captioner
+from captioner import METHODS, CaptionerConfig, build_captioner
+from commandline import UserError
 from encoder import build_encoder
 from vocabulary import Vocabulary
 
 
 def relative_difference(ours, truth):
     """The largest difference as a share of the largest true value."""
-    ours, truth = (np.asarray(torch.as_tensor(value).detach()) for value in (ours, truth))
+    ours = np.asarray(torch.as_tensor(ours).detach())
+    truth = np.asarray(torch.as_tensor(truth).detach())
     return np.abs(ours - truth).max() / np.abs(truth).max()
 
 
 def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, vocabulary=None, **sizes):
     """A float64 captioner with random weights, large enough that every nonlinearity is used."""
     torch.manual_seed(seed)
-    vocabulary = vocabulary or Vocabulary(
-        ["<pad>", *(f"w{i}" for i in range(words)), "<unk>", "<start>", "<end>"]
-    )
-    config = CaptionerConfig(
-        encoder=encoder, **{"embed_dim": 12, "hidden_dim": 16, "num_head": 4, **sizes}
-    )
-    captioner = (
-        build_captioner(config, vocabulary, build_encoder(encoder, "random")).double().eval()
-    )
+    if vocabulary is None:
+        names = [f"w{i}" for i in range(words)]
+        vocabulary = Vocabulary(["<pad>", *names, "<unk>", "<start>", "<end>"])
+    sizes = {"embed_dim": 12, "hidden_dim": 16, "num_head": 4, **sizes}
+    config = CaptionerConfig(encoder=encoder, **sizes)
+    captioner = build_captioner(config, vocabulary, build_encoder(encoder, "random"))
+    captioner = captioner.double().eval()
     for name, parameter in captioner.named_parameters():
         if not name.startswith("encoder.") and parameter.dim() > 1:
             nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
@@ -34,8 +34,17 @@ def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, vocabulary=N
     return captioner
 
 
+def suits(captioner, method):
+    """Whether a method can explain this captioner."""
+    try:
+        METHODS[method].check(captioner)
+    except UserError:
+        return False
+    return True
+
+
 def calibrate(encoder):
-    """Give an encoder's batch-norms the statistics of some noise, as after training, and none of their vectors a trivial one."""
+    """Give an encoder's batch-norms weights, biases and statistics that are not trivial."""
     layers = [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         nn.init.uniform_(layer.weight, 0.5, 1.5)

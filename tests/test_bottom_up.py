@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import prepared_scenes
-from helpers import random_captioner, relative_difference
+from helpers import random_captioner, relative_difference, suits
 from oracle_models import adaptive_lrp, aoa_lrp, gridtd_lrp
 from PIL import Image
 
@@ -70,21 +70,32 @@ def test_padding_changes_no_explanation_and_no_caption(model_type):
     features = torch.rand(1, 20, 2048, dtype=torch.float64)
     padded = torch.cat([features, torch.zeros(1, 16, 2048, dtype=torch.float64)], dim=1)
     assert captioner.caption(features) == captioner.caption(padded)
+    # A gradient may well be there where no feature is.
+    zero_where_no_feature_is = ("lrp", "attnlrp", "attention", "input_x_gradient")
     for method in METHODS:
-        if method.startswith("guided"):
-            with pytest.raises(UserError, match="bottom-up features come without them"):
-                captioner.explain(features, [["w1", "w2"]], method)
+        if not suits(captioner, method):
             continue
-        plain, more = (
-            captioner.explain(given, [["w1", "w2"]], method)[0] for given in (features, padded)
-        )
+        plain = captioner.explain(features, [["w1", "w2"]], method)[0]
+        more = captioner.explain(padded, [["w1", "w2"]], method)[0]
         torch.testing.assert_close(more.word_relevance, plain.word_relevance)
-        if method in (
-            "lrp",
-            "attention",
-            "input_x_gradient",
-        ):  # a gradient may well be there where no feature is
+        if method in zero_where_no_feature_is:
             torch.testing.assert_close(more.region_relevance[:, :20], plain.region_relevance)
+
+
+@pytest.mark.parametrize("method", ["guided_backprop", "guided_gradcam"])
+def test_guided_methods_are_refused_without_pixels(method):
+    captioner = random_captioner("bottom_up")
+    with pytest.raises(UserError, match="bottom-up features come without them"):
+        captioner.explain(torch.rand(1, 20, 2048), [["w1", "w2"]], method)
+
+
+def test_an_image_without_a_region_is_refused():
+    captioner = random_captioner("bottom_up")
+    features = torch.rand(2, 20, 2048)
+    features[1] = 0
+    for call in (captioner.explain, captioner.decode):
+        with pytest.raises(UserError, match="an image has no region"):
+            call(features)
 
 
 def test_from_files_to_an_explained_photograph(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,13 @@
-"""What all captioners share: batches equal single images, explaining changes nothing, checkpoints are self-contained."""
+"""What all captioners share: batches equal single images, explaining changes nothing, checkpoints
+are self-contained, and explaining works in whatever mode, thread and precision it is called.
+"""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_captioner
+from helpers import random_captioner, suits
 
 from basemodel import read_checkpoint
 from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
@@ -66,6 +69,8 @@ def assert_same_explanation(one, other):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_explaining_a_batch_equals_explaining_its_images_one_by_one(exact, images, method):
+    if not suits(exact, method):
+        pytest.skip(f"{method} is not for this captioner")
     images = images.double()
     for image, caption, ours in zip(images, CAPTIONS, exact.explain(images, CAPTIONS, method)):
         assert ours.words == caption
@@ -134,7 +139,7 @@ def test_scores_and_probabilities_are_the_models(captioner, images):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_explaining_does_not_change_the_model(images, method):
-    captioner = random_captioner().float().train()
+    captioner = random_captioner(model_type="aoa").float().train()
     captioner.encoder.eval()
     before = {name: value.clone() for name, value in captioner.state_dict().items()}
     modes = [module.training for module in captioner.modules()]
@@ -220,3 +225,111 @@ def test_scheduled_sampling_feeds_back_predictions(captioner, images):
     predicted = predicted.index_fill(-1, torch.tensor(silent), -torch.inf).argmax(-1)
     assert torch.equal(mixed[..., :3], inputs[..., :3])
     assert torch.equal(mixed[..., 3:], predicted[..., 2:-1])
+
+
+def equal_explanations(one, other):
+    """Whether two explanations are the same bit for bit."""
+    for name, value in vars(one).items():
+        theirs = getattr(other, name)
+        if isinstance(value, torch.Tensor):
+            if not torch.equal(value, theirs):
+                return False
+        elif value != theirs:
+            return False
+    return True
+
+
+def test_threads_may_explain_with_one_captioner_in_train_mode():
+    captioner = random_captioner("resnet101", model_type="aoa").float().train()
+    images = torch.randn(3, 3, 224, 224)
+    allowed = torch.backends.cudnn.allow_tf32
+
+    def explain(index):
+        return captioner.explain(images[index : index + 1], CAPTIONS[index : index + 1])[0]
+
+    alone = [explain(index) for index in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(explain, [0, 1, 2] * 2))
+    for index, explanation in enumerate(together):
+        assert equal_explanations(explanation, alone[index % 3])
+    assert all(module.training for module in captioner.modules())
+    assert torch.backends.cudnn.allow_tf32 == allowed
+
+
+def test_explaining_works_inside_inference_mode(images, tmp_path):
+    random_captioner().float().save(tmp_path / "it.pt")
+    outside = load_captioner(tmp_path / "it.pt").explain(images[:1], CAPTIONS[:1])[0]
+    with torch.inference_mode():
+        captioner = load_captioner(tmp_path / "it.pt")
+        inside = captioner.explain(images[:1].clone(), CAPTIONS[:1])[0]
+        decoded = captioner.explain(images[:1])[0]
+    assert equal_explanations(inside, outside)
+    assert decoded.words == captioner.caption(images[:1])[0]
+
+
+def test_a_captioner_converted_inside_inference_mode_is_refused():
+    captioner = random_captioner()
+    with torch.inference_mode():
+        captioner.float()
+    with pytest.raises(UserError, match="converted inside torch.inference_mode"):
+        captioner.explain(torch.randn(1, 3, 128, 128), [["w1"]])
+
+
+def test_autocast_and_precision_do_not_reach_an_explanation(images):
+    captioner = random_captioner(model_type="aoa").float()
+    plain = captioner.explain(images[:1], CAPTIONS[:1])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal_explanations(captioner.explain(images[:1], CAPTIONS[:1])[0], plain)
+    assert equal_explanations(captioner.explain(images[:1].double(), CAPTIONS[:1])[0], plain)
+    assert captioner.caption(images[:1].double()) == captioner.caption(images[:1])
+
+
+def test_an_empty_batch_has_no_explanations_and_no_captions(captioner, images):
+    assert captioner.explain(images[:0], []) == []
+    assert captioner.explain(images[:0]) == []
+    assert captioner.caption(images[:0]) == []
+
+
+def test_a_caption_may_be_any_sequence_of_words(captioner, images):
+    expected = captioner.explain(images[:1], [["w1", "w2"]])[0]
+    for caption in (("w1", "w2"), iter(["w1", "w2"])):
+        assert equal_explanations(captioner.explain(images[:1], [caption])[0], expected)
+    with pytest.raises(
+        UserError, match="a caption is a sequence of words, and 'w1 w2' is one text"
+    ):
+        captioner.explain(images[:1], ["w1 w2"])
+
+
+@pytest.mark.parametrize("method", ["lrp", "gradcam", "attention"])
+def test_images_of_another_size_are_refused_by_every_method(captioner, method):
+    for shape in ((1, 3, 64, 64), (1, 3, 128, 96), (1, 1, 128, 128), (3, 128, 128)):
+        with pytest.raises(UserError, match=r"wants images of shape \(B, 3, 128, 128\)"):
+            captioner.explain(torch.randn(shape), [["w1"]], method)
+
+
+def test_an_image_that_the_captioner_is_silent_about_does_not_stop_the_others(images, monkeypatch):
+    captioner = random_captioner().float()
+    captions = [["w1", "w2"], [], ["w3"]]
+    monkeypatch.setattr(captioner, "caption", lambda images: captions)
+    found = captioner.explain(images)
+    assert [explanation.words for explanation in found] == captions
+    silent = found[1]
+    assert silent.scores.shape == (0,) and silent.word_relevance.shape == (0, 0)
+    assert silent.image_relevance.shape == (0, 128, 128) and silent.beta.shape == (0,)
+    expected = captioner.explain(images[2:], [["w3"]])[0]
+    assert_same_explanation(found[2], expected)
+    monkeypatch.setattr(captioner, "caption", lambda images: [[]])
+    assert captioner.explain(images[:1])[0].words == []
+
+
+def test_the_folded_encoder_is_made_once_for_the_same_weights(images):
+    captioner = random_captioner("scenes_vgg").float()
+    captioner.explain(images[:1], [["w1"]])
+    first = captioner.encoder.folded()
+    captioner.explain(images[:1], [["w1"]])
+    assert captioner.encoder.folded() is first
+    before = first(images[:1])
+    with torch.no_grad():
+        captioner.encoder.net[0].weight *= 2
+    assert captioner.encoder.folded() is not first
+    assert not torch.equal(captioner.encoder.folded()(images[:1]), before)

@@ -249,7 +249,7 @@ def test_bad_endings_and_repeats_are_removed():
 
 def test_captions_are_stripped_before_they_are_explained():
     captioner = random_captioner(words=6).float()
-    images = torch.randn(2, 3, 16, 16)
+    images = torch.randn(2, 3, 128, 128)
     plain = captioner.caption(images, "greedy", max_length=9)
     stripped = captioner.caption(images, "greedy", max_length=9, strip=["repeats"])
     assert stripped == [strip_repeats(words) for words in plain] and stripped != plain

@@ -13,9 +13,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from captioner import METHODS
+from explanation import explain_batch
 
 MODELS = ("adaptive", "gridtd", "aoa")
 HEADS = 4
+# Only the multi-head captioner has attention scores that AttnLRP has rules for.
+PAIRS = [
+    (model_type, method)
+    for model_type in MODELS
+    for method in METHODS
+    if method != "attnlrp" or model_type == "aoa"
+]
 CAPTIONS = [
     [3, 7, 8, 12, 5],
     [9, 1, 4],
@@ -74,7 +82,7 @@ def assert_equals_oracle(ours, method, words, grid, tolerance=1e-6):
 
 
 def test_the_oracle_knows_every_gradient_method():
-    assert set(REFERENCES) == set(METHODS) - {"lrp"}
+    assert set(REFERENCES) == set(METHODS) - {"lrp", "attnlrp"}
 
 
 @pytest.mark.parametrize("method", REFERENCES)
@@ -256,8 +264,7 @@ def test_grad_cam_has_no_negative_relevance_and_some_positive(model_type):
         assert (ours.region_relevance > 0).any()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type, method", PAIRS)
 def test_later_words_have_no_part_in_an_explanation(model_type, method):
     captioner, images = setting(model_type)
     ours, other = explained(captioner, images[[1, 1]], [[9, 1, 4], [9, 1, 20, 6]], method)
@@ -309,7 +316,11 @@ def state(captioner):
             module,
             type(module),
             [list(getattr(module, hooks)) for hooks in HOOKS],
-            {key: value for key, value in vars(module).items() if not isinstance(value, dict)},
+            {
+                key: value
+                for key, value in vars(module).items()
+                if not isinstance(value, dict) and key != "_folded"  # the encoder's cache
+            },
         )
         for name, module in captioner.named_modules()
     ]
@@ -320,8 +331,7 @@ def state(captioner):
     return modules, tensors, [getattr(*place) for place in PATCHABLE], torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type, method", PAIRS)
 def test_explaining_leaves_everything_as_it_was(model_type, method):
     captioner = copy.deepcopy(setting(model_type)[0])
     images = setting(model_type)[1][1:].clone()
@@ -339,12 +349,12 @@ def test_explaining_leaves_everything_as_it_was(model_type, method):
         assert torch.equal(value, values[name]), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REFERENCES)
 def test_an_explanation_that_fails_leaves_everything_as_it_was(method):
     captioner, images = setting("gridtd")
     before = state(captioner)
-    with pytest.raises(RuntimeError):
-        explained(captioner, images[:1, :2], CAPTIONS[:1], method)  # a colour is missing
+    with pytest.raises(RuntimeError):  # a colour is missing
+        explain_batch(captioner, images[:1, :2], CAPTIONS[:1], METHODS[method])
     assert state(captioner) == before
     (ours,) = explained(captioner, images[1:], CAPTIONS[1:], "gradient")
     assert_equals_oracle(ours, "gradient", truth("gridtd")[1], captioner.encoder.grid)
