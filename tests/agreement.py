@@ -1,9 +1,10 @@
 """How far every captioner, method and encoder is from the slow float64 oracles, on one photograph.
 
-    python tests/agreement.py [PHOTOGRAPH]        # minutes; default: a photograph of ../shared/data/coco2017, else the demo's
+    python tests/agreement.py [PHOTOGRAPH]        # takes minutes
 
-Prints the largest difference as a share of the largest true value, over regions, words and pixels. The encoders have random
-weights, with batch-norms calibrated; so have the captioners.
+The default photograph is one of ../shared/data/coco2017, or the demo's where that is missing.
+Prints the largest difference as a share of the largest true value, over regions, words and pixels.
+Encoders and captioners have random weights, and the batch-norms are calibrated.
 """
 
 import sys
@@ -27,10 +28,12 @@ from images import image_transform, load_image  # noqa: E402 (the path comes fir
 
 ENCODERS = ("scenes_vgg", "vgg16", "resnet101", "squeezenet1_1", "inception_v3")
 MODELS = ("adaptive", "gridtd", "aoa")
+DECODERS = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
 CAPTION = [3, 7]
 
 
 def chain(*modules):
+    """Modules one after the other, as the oracle's graph."""
     return ("sequence", [node for node in map(graph, modules) if node is not None])
 
 
@@ -101,20 +104,18 @@ def graph(module):
 
 def decoder_lrp(captioner, features, ids):
     """The oracle's region relevance (T, L, D), word relevance (T, T) and scores (T,)."""
-    parameters = {
-        name: value.numpy()
-        for name, value in captioner.state_dict().items()
-        if not name.startswith("encoder.")
-    }
-    oracle = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}[
-        captioner.config.model_type
-    ]
-    heads = {"heads": captioner.config.num_head} if captioner.config.model_type == "aoa" else {}
-    return oracle(parameters, features, [captioner.vocabulary.start, *ids[:-1]], ids, **heads)
+    parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
+    model_type = captioner.config.model_type
+    options = {"heads": captioner.config.num_head} if model_type == "aoa" else {}
+    inputs = [captioner.vocabulary.start, *ids[:-1]]
+    return DECODERS[model_type](parameters, features, inputs, ids, **options)
 
 
 def lrp_disagreement(captioner, image, ids):
-    """The largest relative differences of LRP's regions, words and (for the last word) pixels, on image (3, H, W)."""
+    """The largest relative differences of LRP's scores, regions, words and pixels.
+
+    image (3, H, W); the pixels are those of the last word.
+    """
     # Not captioner.explain, which wants images of the encoder's size: tests use smaller ones.
     (ours,) = explain_batch(captioner, image[None], [ids], METHODS["lrp"])
     with torch.no_grad():
@@ -134,7 +135,8 @@ def lrp_disagreement(captioner, image, ids):
 def gradient_disagreements(captioner, image, ids):
     """The same for every gradient-based method, over all words: {method: {...}}."""
     parameters = {name: value.detach() for name, value in captioner.state_dict().items()}
-    config, encoder = captioner.config, captioner.encoder
+    config = captioner.config
+    encoder = captioner.encoder
     words = all_word_gradients(
         config.model_type,
         parameters,
@@ -158,11 +160,13 @@ def gradient_disagreements(captioner, image, ids):
 
 
 def default_photograph():
+    """A photograph of COCO, or a drawing where there is none."""
     photographs = sorted((ROOT / "../shared/data/coco2017/val2017").glob("*.jpg"))
     return photographs[0] if photographs else ROOT / "data/demo/lamb.jpg"
 
 
 def main():
+    """Compare, and print a row for each captioner, encoder and method."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else default_photograph()
     image = load_image(path)
     print(f"{'captioner':10s} {'encoder':14s} {'method':17s} largest relative difference")
@@ -170,9 +174,8 @@ def main():
         for model_type in MODELS:
             captioner = random_captioner(encoder, model_type=model_type)
             pixels = image_transform(captioner.encoder.image_size)(image).double()
-            rows = {"lrp": lrp_disagreement(captioner, pixels, CAPTION)} | gradient_disagreements(
-                captioner, pixels, CAPTION
-            )
+            rows = {"lrp": lrp_disagreement(captioner, pixels, CAPTION)}
+            rows |= gradient_disagreements(captioner, pixels, CAPTION)
             for method, found in rows.items():
                 values = "  ".join(f"{name} {value:.1e}" for name, value in found.items())
                 print(f"{model_type:10s} {encoder:14s} {method:17s} {values}", flush=True)

@@ -1,4 +1,4 @@
-"""bench.py: the benchmarks that no other test's functions run, on small sizes; times are not judged."""
+"""bench.py: the benchmarks whose functions no other test runs, small; no time is judged."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Bottom-up region features: padded, masked, from the original's HDF5 files to a captioner and to relevance of boxes."""
+"""Bottom-up region features: from the original's HDF5 files to a captioner, and to relevance of
+boxes. They are padded and masked.
+"""
 
 import sys
 
@@ -17,6 +19,7 @@ import train
 from captiondata import CaptionDataset, load_regions
 from captioner import METHODS, load_captioner
 from commandline import UserError
+from encoder import build_encoder
 from explain import paint_boxes
 
 ORACLES = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
@@ -40,28 +43,18 @@ def test_lrp_of_padded_regions_equals_the_oracle_without_them(model_type):
     captions = [[3, 7, 12], [9, 1]]
     parameters = {name: value.numpy() for name, value in captioner.state_dict().items()}
     heads = {"heads": 4} if model_type == "aoa" else {}
-    for row, ours, ids in zip(
-        features,
-        captioner.explain(features, [captioner.vocabulary.decode(ids) for ids in captions]),
-        captions,
-    ):
-        mask = row.numpy().any(axis=1)
-        regions, words, scores = ORACLES[model_type](
-            parameters,
-            row.numpy(),
-            [captioner.vocabulary.start, *ids[:-1]],
-            ids,
-            mask=mask,
-            **heads,
-        )
+    found = captioner.explain(features, [captioner.vocabulary.decode(ids) for ids in captions])
+    for row, ours, ids in zip(features.numpy(), found, captions):
+        mask = row.any(axis=1)
+        inputs = [captioner.vocabulary.start, *ids[:-1]]
+        oracle = ORACLES[model_type]
+        regions, words, scores = oracle(parameters, row, inputs, ids, mask=mask, **heads)
         assert relative_difference(ours.scores, scores) < 1e-9
         assert relative_difference(ours.region_relevance, regions.sum(-1)) < 1e-9
         assert relative_difference(ours.word_relevance, words) < 1e-9
-        assert (
-            ours.image_relevance is None
-            and not ours.region_relevance[:, ~mask].any()
-            and not ours.attention[..., ~mask].any()
-        )
+        assert ours.image_relevance is None
+        assert not ours.region_relevance[:, ~mask].any()
+        assert not ours.attention[..., ~mask].any()
 
 
 @pytest.mark.parametrize("model_type", ORACLES)
@@ -103,43 +96,23 @@ def test_from_files_to_an_explained_photograph(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
         module.main()
 
-    folder, regions = prepared_scenes(tmp_path / "scenes", 12, 4, 4), tmp_path / "regions"
-    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+    folder = prepared_scenes(tmp_path / "scenes", 12, 4, 4)
+    regions = tmp_path / "regions"
+    for split in ("train", "val", "test"):
         dataset = CaptionDataset(folder, split)
         for index, entry in enumerate(dataset.entries):
             write_regions(regions / split / f"{entry['file'].rpartition('/')[2]}.hdf5", 10 + index)
-    encoder = train.build_encoder("bottom_up")
+    encoder = build_encoder("bottom_up")
     preparedataset.cache_features(folder, encoder, workers=0, regions=regions)
     row, _, _ = CaptionDataset(folder, "train", features="bottom_up")[0]
     assert row.shape == (36, 2048) and row[:10].any() and not row[10:].any()
-    small = [
-        "--encoder",
-        "bottom_up",
-        "--embed_dim",
-        8,
-        "--hidden_dim",
-        16,
-        "--workers",
-        0,
-        "--epochs",
-        1,
-        "--pretrain_epochs",
-        0,
-    ]
-    command(train, "--dataset", folder, *small, "--output", tmp_path / "it.pt")
-    photograph, given = folder / dataset.entries[0]["file"], next((regions / "test").iterdir())
-    command(
-        explain,
-        photograph,
-        "--checkpoint",
-        tmp_path / "it.pt",
-        "--caption",
-        "there is a",
-        "--regions",
-        given,
-        "--output",
-        tmp_path / "out",
-    )
+    small = "--encoder bottom_up --embed_dim 8 --hidden_dim 16 --workers 0 --epochs 1".split()
+    small += ["--pretrain_epochs", 0, "--output", tmp_path / "it.pt"]
+    command(train, "--dataset", folder, *small)
+    photograph = folder / dataset.entries[0]["file"]
+    given = ["--regions", next((regions / "test").iterdir()), "--output", tmp_path / "out"]
+    caption = ["--caption", "there is a"]
+    command(explain, photograph, "--checkpoint", tmp_path / "it.pt", *caption, *given)
     maps = np.load(next((tmp_path / "out").glob("*.npz")))
     assert maps["image_relevance"].shape == (3, 128, 128)
     assert Image.open(next((tmp_path / "out").glob("*.png"))).size[0] > 300
@@ -155,19 +128,20 @@ def test_files_that_hold_no_regions_are_named(tmp_path):
     with h5py.File(tmp_path / "other.hdf5", "w") as file:
         file["something"] = [1]
     write_regions(tmp_path / "many.hdf5", 40)
-    for name, message in (
-        ("missing", "there is no file"),
-        ("text", "does not hold"),
-        ("other", "does not hold"),
-        ("many", "expected 1 to 36 regions"),
-    ):
+    messages = {
+        "missing": "there is no file",
+        "text": "does not hold",
+        "other": "does not hold",
+        "many": "expected 1 to 36 regions",
+    }
+    for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             load_regions(tmp_path / f"{name}.hdf5")
 
 
 def test_boxes_are_painted_evenly_and_add_up():
-    maps = paint_boxes(
-        torch.tensor([[4.0, -2.0, 9.0]]), torch.tensor([[0, 0, 2, 2], [1, 1, 2, 3]]), (3, 4)
-    )
+    relevance = torch.tensor([[4.0, -2.0, 9.0]])
+    boxes = torch.tensor([[0, 0, 2, 2], [1, 1, 2, 3]])
+    maps = paint_boxes(relevance, boxes, (3, 4))
     assert maps[0].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, -1, 0, 0]]
     assert maps.sum() == 2  # the third region is padding

@@ -36,35 +36,17 @@ def images():
 
 def scenes():
     """The two drawings of the demo and their mirror images: (4, 3, 128, 128)."""
-    images = torch.stack(
-        [
-            image_transform(128)(load_image(path))
-            for path in sorted((ROOT / "data/demo").glob("*.jpg"))
-        ]
-    )
+    paths = sorted((ROOT / "data/demo").glob("*.jpg"))
+    images = torch.stack([image_transform(128)(load_image(path)) for path in paths])
     return torch.cat([images, images.flip(-1)])
 
 
 def assert_same_explanation(one, other):
     assert one.words == other.words
-    for name in (
-        "scores",
-        "probabilities",
-        "image_relevance",
-        "region_relevance",
-        "word_relevance",
-        "attention",
-        "beta",
-    ):
-        if (
-            getattr(one, name) is not None
-        ):  # the multi-head captioner has no sentinel, hence no beta
-            torch.testing.assert_close(
-                getattr(one, name),
-                getattr(other, name),
-                rtol=1e-5,
-                atol=1e-5 * float(getattr(one, name).abs().max()),
-            )
+    for name, value in vars(one).items():
+        if isinstance(value, torch.Tensor):
+            tolerance = 1e-5 * float(value.abs().max())
+            torch.testing.assert_close(value, getattr(other, name), rtol=1e-5, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,11 +60,9 @@ def test_explaining_a_batch_equals_explaining_its_images_one_by_one(exact, image
 
 
 def test_the_captioner_that_ships_explains_and_captions_batches_as_single_images():
-    """In float64: in float32 rounding may let another pixel win a max-pool where several are all but equal."""
-    captioner, images = (
-        load_captioner(ROOT / "checkpoints/scenes-gridtd.pt").double(),
-        scenes().double(),
-    )
+    """In float32 rounding may let another pixel win a max-pool where several are all but equal."""
+    captioner = load_captioner(ROOT / "checkpoints/scenes-gridtd.pt").double()
+    images = scenes().double()
     captions = captioner.caption(images)
     assert len({len(caption) for caption in captions}) > 1
     for image, caption, ours in zip(images, captions, captioner.explain(images)):
@@ -99,9 +79,8 @@ def test_chunking_does_not_change_explanations(exact, images, monkeypatch):
 
 def test_captioning_a_batch_equals_captioning_its_images_one_by_one(captioner, images):
     for method in ("beam", "greedy"):
-        assert captioner.caption(images, method) == [
-            captioner.caption(image[None], method)[0] for image in images
-        ]
+        one_by_one = [captioner.caption(image[None], method)[0] for image in images]
+        assert captioner.caption(images, method) == one_by_one
 
 
 def test_an_explanation_has_the_documented_shapes(captioner, images):
@@ -112,29 +91,27 @@ def test_an_explanation_has_the_documented_shapes(captioner, images):
     heads = 4 if captioner.config.model_type == "aoa" else 1
     assert explanation.attention.shape == (3, heads, 64)
     assert explanation.scores.shape == (3,)
-    assert explanation.beta is None if heads == 4 else explanation.beta.shape == (3,)
-    assert (
-        explanation.word_relevance.triu(1).abs().max() == 0
-        and explanation.word_relevance.diagonal().abs().min() > 0
-    )
+    if captioner.config.model_type == "aoa":  # which has no sentinel
+        assert explanation.beta is None
+    else:
+        assert explanation.beta.shape == (3,)
+    assert explanation.word_relevance.triu(1).abs().max() == 0
+    assert explanation.word_relevance.diagonal().abs().min() > 0
     torch.testing.assert_close(explanation.attention.sum(-1), torch.ones(3, heads))
-    assert (
-        explanation.image_relevance.dtype == torch.float32 and explanation.image_relevance.min() < 0
-    )
+    assert explanation.image_relevance.dtype == torch.float32
+    assert explanation.image_relevance.min() < 0
 
 
 def test_scores_and_probabilities_are_the_models(captioner, images):
     explanation = captioner.explain(images[:1], [["w1", "w2"]])[0]
     vocabulary = captioner.vocabulary
     ids = vocabulary.encode(["w1", "w2"])
+    inputs = torch.tensor([[[vocabulary.start, ids[0]]]])
     with torch.no_grad():
-        logits = captioner(
-            captioner.encoder(images[:1]), torch.tensor([[[vocabulary.start, ids[0]]]])
-        )[0, 0]
+        logits = captioner(captioner.encoder(images[:1]), inputs)[0, 0]
+    probabilities = logits.softmax(-1)[[0, 1], ids]
     torch.testing.assert_close(explanation.scores, logits[[0, 1], ids], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        explanation.probabilities, logits.softmax(-1)[[0, 1], ids], rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(explanation.probabilities, probabilities, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,10 +125,9 @@ def test_explaining_does_not_change_the_model(images, method):
     assert all(torch.equal(before[name], value) for name, value in captioner.state_dict().items())
     assert modes == [module.training for module in captioner.modules()]
     assert all(parameter.grad is None for parameter in captioner.parameters())
-    assert not any(
-        module._forward_hooks or module._backward_hooks or module._forward_pre_hooks
-        for module in captioner.modules()
-    )
+    for module in captioner.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert not module._backward_hooks
 
 
 def test_mistakes_in_explain_are_named(captioner, images):
@@ -183,21 +159,21 @@ def test_a_checkpoint_is_self_contained(captioner, images, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    for name, message in (
-        ("text.pt", "not a checkpoint"),
-        ("other.pt", "not a checkpoint"),
-        ("missing.pt", "there is no checkpoint"),
-    ):
+    messages = {
+        "text.pt": "not a checkpoint",
+        "other.pt": "not a checkpoint",
+        "missing.pt": "there is no checkpoint",
+    }
+    for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             load_captioner(tmp_path / name)
 
 
 def test_an_unknown_model_type_is_named():
     captioner = random_captioner()
+    config = CaptionerConfig(model_type="transformer")
     with pytest.raises(UserError, match="no model_type 'transformer'"):
-        build_captioner(
-            CaptionerConfig(model_type="transformer"), captioner.vocabulary, captioner.encoder
-        )
+        build_captioner(config, captioner.vocabulary, captioner.encoder)
 
 
 def test_teacher_forcing_equals_step_by_step(captioner, images):
@@ -216,7 +192,8 @@ def test_teacher_forcing_equals_step_by_step(captioner, images):
 
 
 def test_scheduled_sampling_feeds_back_predictions(captioner, images):
-    features, inputs = captioner.encoder(images), torch.randint(1, 30, (3, 2, 8))
+    features = captioner.encoder(images)
+    inputs = torch.randint(1, 30, (3, 2, 8))
     with torch.no_grad():
         memory = captioner.image_memory(features)
         mixed = captioner._scheduled_inputs(memory, inputs, ss_prob=1.0)

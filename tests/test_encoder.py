@@ -1,4 +1,4 @@
-"""Encoders: torchvision's networks under another reading, batch-norm folded without changing what they compute."""
+"""Encoders: torchvision's networks read as regions; batch-norm folded without changing features."""
 
 from pathlib import Path
 
@@ -35,15 +35,15 @@ def photographs(size, count=8):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_features_are_as_the_table_says(name):
-    encoder, spec = build_encoder(name, "random"), ENCODERS[name]
-    given = torch.rand(1, 36, 2048)  # bottom-up features are not made here
-    features = encoder(
-        given if encoder.given else torch.zeros(1, 3, spec.image_size, spec.image_size)
-    )
+    encoder = build_encoder(name, "random")
+    spec = ENCODERS[name]
+    if encoder.given:
+        features = encoder(torch.rand(1, 36, 2048))
+    else:
+        features = encoder(torch.zeros(1, 3, spec.image_size, spec.image_size))
     assert features.shape == (1, spec.grid[0] * spec.grid[1], spec.out_channels)
-    assert not encoder.training and not any(
-        parameter.requires_grad for parameter in encoder.parameters()
-    )
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def test_regions_are_counted_row_by_row():
@@ -59,24 +59,24 @@ def test_folding_batch_norm_keeps_the_features(name):
     torch.manual_seed(0xF01D)
     encoder = build_encoder(name, "random").double()
     calibrate(encoder)
-    image, before = torch.randn(1, 3, 128, 128, dtype=torch.float64), encoder.weights_hash()
+    image = torch.randn(1, 3, 128, 128, dtype=torch.float64)
+    before = encoder.weights_hash()
     folded = encoder.folded()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     torch.testing.assert_close(folded(image), encoder(image), rtol=1e-9, atol=1e-9)
-    assert (
-        encoder.weights_hash() == before
-        and build_encoder("vgg16", "random").folded().net is not None
-    )
+    assert encoder.weights_hash() == before
 
 
 def test_squeezenet_is_torchvisions():
     path = shared_weights("squeezenet1_1")
     whole = torchvision.models.squeezenet1_1()
     whole.load_state_dict(torch.load(path, weights_only=True))
-    encoder, images = build_encoder("squeezenet1_1", path), photographs(224)
+    encoder = build_encoder("squeezenet1_1", path)
+    images = photographs(224)
     with torch.no_grad():
         maps = encoder(images).transpose(1, 2).unflatten(-1, encoder.grid) / encoder.scale
-        ours, theirs = whole.eval().classifier(maps).flatten(1), whole(images)
+        ours = whole.eval().classifier(maps).flatten(1)
+        theirs = whole(images)
     assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
 
 
@@ -86,63 +86,52 @@ def test_inception_loads_and_tells_photographs_apart():
         features = encoder(photographs(299, 4))
     assert features.isfinite().all() and 0.2 < features.mean() < 3
     earlier = build_encoder("inception_v3_6e", shared_weights("inception_v3"))
-    assert torch.equal(
-        earlier.net.Mixed_6e.branch1x1.conv.weight, encoder.net.Mixed_6e.branch1x1.conv.weight
-    )
+    weights = [network.net.Mixed_6e.branch1x1.conv.weight for network in (earlier, encoder)]
+    assert torch.equal(*weights)
 
 
 def test_torchvisions_inception_takes_our_normalisation():
-    network = (
-        torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=True)
-        .double()
-        .eval()
-    )
+    network = torchvisions_inception().double()
     encoder = build_encoder("inception_v3", "random").double()
-    encoder.net.load_state_dict(
-        {key: network.state_dict()[key] for key in encoder.net.state_dict()}
-    )
+    weights = network.state_dict()
+    encoder.net.load_state_dict({key: weights[key] for key in encoder.net.state_dict()})
     encoders._fold_input_transform(encoder.net.Conv2d_1a_3x3)
+    assert_same_stem(encoder, network, rtol=1e-9, atol=1e-12)
+
+
+def torchvisions_inception():
+    """The whole network with random weights."""
+    options = {"init_weights": False, "transform_input": True}
+    return torchvision.models.inception_v3(weights=None, **options).eval()
+
+
+def assert_same_stem(encoder, network, **tolerances):
+    """Our first convolution on our pixels is torchvision's on its own."""
     image = torch.randn(1, 3, 139, 139, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(
-            encoder.net.Conv2d_1a_3x3(image),
-            network.Conv2d_1a_3x3(network._transform_input(image)),
-            rtol=1e-9,
-            atol=1e-12,
-        )
+        ours = encoder.net.Conv2d_1a_3x3(image)
+        theirs = network.Conv2d_1a_3x3(network._transform_input(image))
+    torch.testing.assert_close(ours, theirs, **tolerances)
 
 
 def test_a_file_of_torchvisions_inception_is_read_as_its_download(tmp_path, monkeypatch):
     """In our normalisation; a file of our own takes it already."""
-    network = torchvision.models.inception_v3(
-        weights=None, init_weights=False, transform_input=True
-    ).eval()
+    network = torchvisions_inception()
     torch.save(network.state_dict(), tmp_path / "torchvision.pth")
     monkeypatch.setattr(encoders, "_download", lambda name: network.state_dict())
-    encoder, downloaded = (
-        build_encoder("inception_v3", tmp_path / "torchvision.pth"),
-        build_encoder("inception_v3"),
-    )
+    encoder = build_encoder("inception_v3", tmp_path / "torchvision.pth")
+    downloaded = build_encoder("inception_v3")
     torch.save(encoder.state_dict(), tmp_path / "own.pth")
-    assert (
-        encoder.weights_hash()
-        == downloaded.weights_hash()
-        == build_encoder("inception_v3", tmp_path / "own.pth").weights_hash()
-    )
-    network, encoder = network.double(), encoder.double()
-    image = torch.randn(1, 3, 139, 139, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            encoder.net.Conv2d_1a_3x3(image),
-            network.Conv2d_1a_3x3(network._transform_input(image)),
-            rtol=1e-5,
-            atol=1e-6,
-        )  # of float32 weights
+    own = build_encoder("inception_v3", tmp_path / "own.pth")
+    assert encoder.weights_hash() == downloaded.weights_hash() == own.weights_hash()
+    # The weights were rounded to float32 after the transform had been folded in.
+    assert_same_stem(encoder.double(), network.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_hash_tells_weights_apart():
     torch.manual_seed(1)
-    one, other = build_encoder("scenes_vgg", "random"), build_encoder("scenes_vgg", "random")
+    one = build_encoder("scenes_vgg", "random")
+    other = build_encoder("scenes_vgg", "random")
     assert one.weights_hash() != other.weights_hash()
     other.load_state_dict(one.state_dict())
     assert one.weights_hash() == other.weights_hash()

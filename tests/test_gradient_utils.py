@@ -1,4 +1,6 @@
-"""Gradient explanations against the slow float64 oracle (oracle_gradients.py), captum, and finite differences."""
+"""Gradient explanations against the slow float64 oracle (oracle_gradients.py), captum, and finite
+differences.
+"""
 
 import copy
 import functools
@@ -24,10 +26,8 @@ PAIRS = [
     for method in METHODS
     if method != "attnlrp" or model_type == "aoa"
 ]
-CAPTIONS = [
-    [3, 7, 8, 12, 5],
-    [9, 1, 4],
-]  # no input word twice, so that each embedding can be moved alone
+# No input word stands there twice, so that each embedding can be moved alone.
+CAPTIONS = [[3, 7, 8, 12, 5], [9, 1, 4]]
 
 
 @functools.cache
@@ -91,13 +91,10 @@ def test_explanations_equal_the_oracle(model_type, method):
     captioner, images = setting(model_type)
     for ours, words in zip(explained(captioner, images, CAPTIONS, method), truth(model_type)):
         assert_equals_oracle(ours, method, words, captioner.encoder.grid)
-        assert (
-            relative_difference(ours.scores, torch.stack([word["score"] for word in words])) < 1e-10
-        )
-        assert (
-            relative_difference(ours.attention, torch.stack([word["attention"] for word in words]))
-            < 1e-10
-        )
+        scores = torch.stack([word["score"] for word in words])
+        attention = torch.stack([word["attention"] for word in words])
+        assert relative_difference(ours.scores, scores) < 1e-10
+        assert relative_difference(ours.attention, attention) < 1e-10
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -118,15 +115,14 @@ def test_the_oracle_has_the_decoder_of_the_numpy_oracle(model_type):
 
 @pytest.mark.parametrize("encoder", ["squeezenet1_1", "inception_v3_6e"])
 def test_guided_backprop_enters_every_branch(encoder):
-    """SqueezeNet's ReLUs are modules in branches that are concatenated, Inception's are calls of F.relu."""
+    """SqueezeNet's ReLUs are modules in concatenated branches, Inception's are calls of F.relu."""
     captioner, images = setting("gridtd", encoder)
     (ours,) = explained(captioner, images[:1], [[3, 7]], "guided_backprop")
     words = true_words(captioner, images[0], [3, 7])
     assert_equals_oracle(ours, "guided_backprop", words, captioner.encoder.grid)
     unguided, _, _ = explain_words("gradient", words, captioner.encoder.grid)
-    assert (
-        relative_difference(ours.image_relevance, unguided) > 0.1
-    )  # else the comparison would prove nothing
+    # Else the comparison would prove nothing.
+    assert relative_difference(ours.image_relevance, unguided) > 0.1
 
 
 @pytest.mark.parametrize("method", ["gradient", "guided_backprop"])
@@ -138,35 +134,39 @@ def test_pixels_of_float32_equal_float64(method):
 
 
 class WordLogit(nn.Module):
-    """What captum explains: pixels -> the logit (B, 1) of one word, by the oracle's decoder behind the encoder."""
+    """What captum explains: pixels -> the logit (B, 1) of one word.
+
+    The oracle's decoder stands behind the encoder.
+    """
 
     def __init__(self, captioner, ids, t):
         super().__init__()
-        self.encoder = with_relus(
-            captioner.encoder, nn.ReLU
-        )  # captum hooks them, which forbids in-place ones
+        # captum hooks the ReLUs, which forbids in-place ones.
+        self.encoder = with_relus(captioner.encoder, nn.ReLU)
         self.layer = self.encoder.net[-1]
-        self.params, self.config = parameters(captioner), captioner.config
-        self.inputs, self.target = [captioner.vocabulary.start, *ids[:t]], ids[t]
+        self.params = parameters(captioner)
+        self.config = captioner.config
+        self.inputs = [captioner.vocabulary.start, *ids[:t]]
+        self.target = ids[t]
 
     def forward(self, images):
         """images (B, 3, H, W) -> (B, 1)."""
-        decode, embeddings = (
-            DECODERS[self.config.model_type],
-            self.params["embedding.weight"][self.inputs],
-        )
-        logits = [
-            decode(self.params, features, embeddings, HEADS)[0] for features in self.encoder(images)
-        ]
+        decode = DECODERS[self.config.model_type]
+        embeddings = self.params["embedding.weight"][self.inputs]
+        logits = []
+        for features in self.encoder(images):
+            logits.append(decode(self.params, features, embeddings, HEADS)[0])
         return torch.stack(logits)[:, self.target, None]
 
 
-# captum sums no channels: GuidedBackprop and GuidedGradCam return (1, 3, H, W). It hooks nn.ReLU modules only, and the
-# decoder's ReLUs are functions, so its guided gradient, like ours, is guided in the encoder alone; its hook clips the
-# gradient that has already passed the ReLU, which is the same two conditions. LayerGradCam takes the ReLU of the map
-# only if told to, GuidedGradCam always; GuidedGradCam enlarges to the nearest pixel unless told to do it bilinearly,
-# which is then without aligned corners, as ours. Its layer is the last ReLU, before the encoder's `scale`: features
-# that are s times as large have gradients 1/s times as large, so the map is the same. Regions are its rows, flattened.
+# captum sums no channels: GuidedBackprop and GuidedGradCam return (1, 3, H, W). It hooks nn.ReLU
+# modules only, and the decoder's ReLUs are functions, so its guided gradient, like ours, is guided in
+# the encoder alone. Its hook clips the gradient that has already passed the ReLU, which is the same
+# two conditions. LayerGradCam takes the ReLU of the map only if told to, GuidedGradCam always.
+# GuidedGradCam enlarges to the nearest pixel unless told to do it bilinearly, which is then without
+# aligned corners, as ours. Its layer is the last ReLU, before the encoder's `scale`: features that
+# are s times as large have gradients 1/s times as large, so the map is the same. Regions are the
+# map's rows, flattened.
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:captum")
@@ -174,7 +174,8 @@ class WordLogit(nn.Module):
 def test_captum_agrees(model_type):
     attr = pytest.importorskip("captum.attr")
     captioner, images = setting(model_type)
-    image, t = images[1:], 2
+    image = images[1:]
+    t = 2
     ours = {method: explained(captioner, image, CAPTIONS[1:], method)[0] for method in REFERENCES}
     model = WordLogit(captioner, CAPTIONS[1], t)
 
@@ -188,12 +189,8 @@ def test_captum_agrees(model_type):
     assert relative_difference(ours["gradcam"].region_relevance[t], cam.flatten()) < 1e-6
     large = attr.LayerAttribution.interpolate(cam, image.shape[2:], "bilinear")[0, 0]
     assert relative_difference(ours["gradcam"].image_relevance[t], large) < 1e-6
-    both = (
-        attr.GuidedGradCam(model, model.layer)
-        .attribute(image, interpolate_mode="bilinear")
-        .sum(1)[0]
-    )
-    assert relative_difference(ours["guided_gradcam"].image_relevance[t], both) < 1e-6
+    both = attr.GuidedGradCam(model, model.layer).attribute(image, interpolate_mode="bilinear")
+    assert relative_difference(ours["guided_gradcam"].image_relevance[t], both.sum(1)[0]) < 1e-6
 
 
 def slope(score, step=1e-6):
@@ -206,9 +203,8 @@ def test_gradient_of_pixels_is_the_slope_of_the_logits(model_type):
     captioner, images = setting(model_type)
     (ours,) = explained(captioner, images[:1], CAPTIONS[:1], "gradient")
     # A grey direction moves the three channels alike, so that it meets their summed gradient.
-    direction = torch.randn(
-        images.shape[2:], dtype=torch.float64, generator=torch.Generator().manual_seed(0xD1CE)
-    )
+    generator = torch.Generator().manual_seed(0xD1CE)
+    direction = torch.randn(images.shape[2:], dtype=torch.float64, generator=generator)
 
     def scores(x):
         return explained(captioner, images[:1] + x * direction, CAPTIONS[:1], "attention")[0].scores
@@ -226,7 +222,7 @@ def test_gradient_of_regions_is_the_slope_of_the_logits(model_type):
         features = captioner.encoder(images[:1])
         for p in (0, 27, 63):  # all channels of one region move alike
             moved = F.one_hot(torch.tensor(p), features.shape[1])[:, None]
-            logits = slope(lambda x: captioner(features + x * moved, inputs)[0, 0])
+            logits = slope(lambda x, moved=moved: captioner(features + x * moved, inputs)[0, 0])
             slopes = logits[range(len(CAPTIONS[0])), CAPTIONS[0]]
             assert relative_difference(ours.region_relevance[:, p], slopes) < 1e-5
 
@@ -248,12 +244,8 @@ def test_gradient_of_words_is_the_slope_of_the_logits(model_type):
             return logits[range(len(CAPTIONS[0])), CAPTIONS[0]]
 
         for i, word in enumerate(inputs):
-            assert (
-                relative_difference(
-                    ours.word_relevance[:, i], slope(functools.partial(scores, word))
-                )
-                < 1e-5
-            )
+            slopes = slope(functools.partial(scores, word))
+            assert relative_difference(ours.word_relevance[:, i], slopes) < 1e-5
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -280,10 +272,10 @@ def test_later_words_have_no_part_in_an_explanation(model_type, method):
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_oracle_is_blind_to_the_order_of_regions(model_type):
     captioner, _ = setting(model_type)
-    params, order = parameters(captioner), torch.randperm(9)
-    features = torch.randn(
-        9, captioner.encoder.out_channels, dtype=torch.float64, requires_grad=True
-    )
+    params = parameters(captioner)
+    order = torch.randperm(9)
+    channels = captioner.encoder.out_channels
+    features = torch.randn(9, channels, dtype=torch.float64, requires_grad=True)
     found = []
     for rows in (torch.arange(9), order):
         shown = features[rows]
@@ -309,26 +301,21 @@ PATCHABLE = (
 
 
 def state(captioner):
-    """All that an explanation could leave changed: of the captioner, its modules, and PyTorch itself."""
-    modules = [
-        (
-            name,
-            module,
-            type(module),
-            [list(getattr(module, hooks)) for hooks in HOOKS],
-            {
-                key: value
-                for key, value in vars(module).items()
-                if not isinstance(value, dict) and key != "_folded"  # the encoder's cache
-            },
-        )
-        for name, module in captioner.named_modules()
-    ]
-    tensors = [
-        (name, tensor.data_ptr(), tensor.requires_grad, tensor.grad, tensor._backward_hooks)
-        for name, tensor in (*captioner.named_parameters(), *captioner.named_buffers())
-    ]
-    return modules, tensors, [getattr(*place) for place in PATCHABLE], torch.is_grad_enabled()
+    """All that an explanation could leave changed: of the captioner, its modules, and PyTorch."""
+    modules = []
+    for name, module in captioner.named_modules():
+        hooks = [list(getattr(module, kind)) for kind in HOOKS]
+        attributes = {}
+        for key, value in vars(module).items():
+            if not isinstance(value, dict) and key != "_folded":  # the encoder's cache
+                attributes[key] = value
+        modules.append((name, module, type(module), hooks, attributes))
+    tensors = []
+    for name, tensor in (*captioner.named_parameters(), *captioner.named_buffers()):
+        gradient = (tensor.requires_grad, tensor.grad, tensor._backward_hooks)
+        tensors.append((name, tensor.data_ptr(), *gradient))
+    functions = [getattr(*place) for place in PATCHABLE]
+    return modules, tensors, functions, torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("model_type, method", PAIRS)
@@ -338,7 +325,9 @@ def test_explaining_leaves_everything_as_it_was(model_type, method):
     captioner.train()
     captioner.encoder.eval()  # as in training: modes differ between the parts
     captioner.fc.weight.grad = gradient = torch.ones_like(captioner.fc.weight)
-    before, values, pixels = state(captioner), copy.deepcopy(captioner.state_dict()), images.clone()
+    before = state(captioner)
+    values = copy.deepcopy(captioner.state_dict())
+    pixels = images.clone()
     explained(captioner, images, CAPTIONS[1:], method)
     with torch.no_grad():
         explained(captioner, images, CAPTIONS[1:], method)
