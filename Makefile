@@ -1,5 +1,6 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
 #   make demo       explain the captions of two drawn scenes with the captioner that ships
+#   make check      ruff: style, and what it finds wrong
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
 #   make tuning-experiment    fine-tune every captioner in every way, three seeds, and print the table of RESULTS.md (hours)
@@ -10,10 +11,14 @@ RUN := .venv/bin/python
 CORENLP := edu.stanford.nlp:stanford-corenlp:3.6.0
 SPICE_JARS := $(CORENLP) $(CORENLP):jar:models org.mozilla:rhino:1.7.15 org.mozilla:rhino-engine:1.7.15
 
-.PHONY: demo test spice tuning-experiment scenes clean
+.PHONY: demo check test spice tuning-experiment scenes clean
 
 demo: .venv/installed
 	$(RUN) explain.py data/demo/*.jpg
+
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests

@@ -69,7 +69,7 @@ def explained(captioner, images, captions, method):
 
 
 def assert_equals_oracle(ours, method, words, grid, tolerance=1e-6):
-    """All three relevances of one Explanation, to a tolerance relative to the largest true value."""
+    """All three relevances of one Explanation, as near as `tolerance` times the largest value."""
     image, regions, inputs = explain_words(method, words, grid)
     assert ours.image_relevance.shape == image.shape
     assert relative_difference(ours.image_relevance, image) < tolerance
@@ -160,8 +160,8 @@ class WordLogit(nn.Module):
 
 
 # captum sums no channels: GuidedBackprop and GuidedGradCam return (1, 3, H, W). It hooks nn.ReLU
-# modules only, and the decoder's ReLUs are functions, so its guided gradient, like ours, is guided in
-# the encoder alone. Its hook clips the gradient that has already passed the ReLU, which is the same
+# modules only, and the decoder's ReLUs are functions, so its guided gradient, like ours, is guided
+# in the encoder alone. Its hook clips the gradient that has already passed the ReLU, which is the same
 # two conditions. LayerGradCam takes the ReLU of the map only if told to, GuidedGradCam always.
 # GuidedGradCam enlarges to the nearest pixel unless told to do it bilinearly, which is then without
 # aligned corners, as ours. Its layer is the last ReLU, before the encoder's `scale`: features that
