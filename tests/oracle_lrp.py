@@ -1,27 +1,35 @@
-"""The slow, obvious LRP that fast implementations are tested against: float64 NumPy, relevance R carried by layer.
+"""The slow, obvious LRP that fast implementations are tested against, in float64 NumPy.
 
-`gridtd_lrp` explains words of the grid-TD captioner down to its region features and input words (Algorithm 1 of Sun et
-al., arXiv 2001.01037v3); `encoder_lrp` goes on from the features to the pixels (Bach et al. 2015, alpha1-beta0).
-There is no autograd here: each formula is written as one reads it. Sizes: T words, L regions, D feature channels,
-E embedding, H hidden, V vocabulary. Use it from a test: `from oracle_lrp import gridtd_lrp, encoder_lrp`.
+The relevance R is carried from layer to layer. `gridtd_lrp` explains words of the grid-TD captioner
+down to its region features and input words (Algorithm 1 of Sun et al., arXiv 2001.01037v3);
+`encoder_lrp` goes on from the features to the pixels (Bach et al. 2015, alpha1-beta0). There is no
+autograd here: each formula is written as one reads it. Sizes: T words, L regions, D feature
+channels, E embedding, H hidden, V vocabulary. Use it from a test:
+`from oracle_lrp import gridtd_lrp, encoder_lrp`.
 """
 
 import numpy as np
 
 
 def ratio(relevance, z, epsilon):
-    """R / (z + epsilon * sign z) with sign 0 = +1; 0 where that denominator is 0 (only possible with epsilon = 0)."""
+    """R / (z + epsilon * sign z) with sign 0 = +1.
+
+    It is 0 where that denominator is 0, which is only possible with epsilon = 0.
+    """
     denominator = z + epsilon * np.where(z >= 0, 1.0, -1.0)
     return np.divide(relevance, denominator, out=np.zeros_like(denominator), where=denominator != 0)
 
 
 def share(relevance, part, total, epsilon):
-    """Epsilon-rule of an elementwise sum: what `part`, one addend of `total`, gets of the total's relevance."""
+    """Epsilon-rule of an elementwise sum: what the addend `part` gets of the total's relevance."""
     return part * ratio(relevance, total, epsilon)
 
 
 def linear(relevance, x, weight, z, epsilon):
-    """Epsilon-rule of z = weight x + bias: R_k = sum_j x_k W_jk R_j / stabilised z_j. The bias keeps its share."""
+    """Epsilon-rule of z = weight x + bias: R_k = sum_j x_k W_jk R_j / stabilised z_j.
+
+    The bias keeps its share.
+    """
     return x * (weight.T @ ratio(relevance, z, epsilon))
 
 
@@ -42,7 +50,10 @@ def in_float64(params):
 
 
 def lstm_step(params, name, x, h_previous, c_previous):
-    """One nn.LSTMCell step: its inputs, gates i, f, o (after their sigmoid), g (before its tanh), c and h, all (H,)."""
+    """One nn.LSTMCell step.
+
+    Returns its inputs, its gates i, f, o (after their sigmoid), g (before its tanh), c and h.
+    """
     z = (
         params[f"{name}.weight_ih"] @ x
         + params[f"{name}.bias_ih"]
@@ -50,7 +61,9 @@ def lstm_step(params, name, x, h_previous, c_previous):
         + params[f"{name}.bias_hh"]
     )
     i, f, g, o = np.split(z, 4)
-    i, f, o = sigmoid(i), sigmoid(f), sigmoid(o)
+    i = sigmoid(i)
+    f = sigmoid(f)
+    o = sigmoid(o)
     c = f * c_previous + i * np.tanh(g)
     return {
         "x": x,
@@ -66,24 +79,29 @@ def lstm_step(params, name, x, h_previous, c_previous):
 
 
 def attend(params, v, h1, s):
-    """Attention over regions v (L,H) and sentinel s (H,), eq. 2-7: alpha (L,), beta, context c and c_hat (H,)."""
+    """Attention over regions v (L,H) and sentinel s (H,), eq. 2-7.
+
+    Returns alpha (L,), beta, and the contexts c and c_hat (H,).
+    """
     query = params["attention_hidden.weight"] @ h1
     score = params["attention_score.weight"][0]
     a = np.zeros(len(v))
     for i, v_i in enumerate(v):
-        a[i] = score @ np.tanh(
-            params["attention_visual.weight"] @ v_i + params["attention_visual.bias"] + query
-        )
-    b = score @ np.tanh(
-        params["attention_sentinel.weight"] @ s + params["attention_sentinel.bias"] + query
-    )
-    alpha, beta = softmax(a), softmax(np.append(a, b))[-1]
+        key = params["attention_visual.weight"] @ v_i + params["attention_visual.bias"]
+        a[i] = score @ np.tanh(key + query)
+    sentinel_key = params["attention_sentinel.weight"] @ s + params["attention_sentinel.bias"]
+    b = score @ np.tanh(sentinel_key + query)
+    alpha = softmax(a)
+    beta = softmax(np.append(a, b))[-1]
     c = sum(alpha[i] * v_i for i, v_i in enumerate(v))
     return {"alpha": alpha, "beta": beta, "c": c, "c_hat": (1 - beta) * c + beta * s}
 
 
 def word_step(params, v, v_g, token, cell1, cell2):
-    """One time step after the cells' previous steps: both cells' `lstm_step`, what `attend` returns, s, z, logits."""
+    """One time step, from what `lstm_step` returned for both cells at the previous one.
+
+    Returns what it returns now, what `attend` returns, s, its gate, z and the logits.
+    """
     x1 = np.concatenate([cell2["h"], v_g, params["embedding.weight"][token]])
     sentinel_gate = sigmoid(
         params["sentinel_input.weight"] @ x1
@@ -109,25 +127,31 @@ def word_step(params, v, v_g, token, cell1, cell2):
 
 
 def gridtd_forward(params, features, tokens):
-    """Teacher-forced forward of one image: features (L,D), tokens the T input ids (first one <start>).
+    """Teacher-forced forward of one image: features (L,D), tokens the T input ids from <start> on.
 
-    Returns of the image "a" (L,D), "mean" (D,), "v_before" its ReLU and "v" (L,H), "v_g_before" and "v_g" (E,);
-    "steps", one dictionary of all intermediates a step (see `word_step`); and of those, stacked, "logits" (T,V),
-    "alpha" (T,L) and "beta" (T,).
+    Returns of the image "a" (L,D), "mean" (D,), "v_before" its ReLU and "v" (L,H), "v_g_before" and
+    "v_g" (E,); "steps", for each step a dictionary of all intermediates (see `word_step`); and of
+    those, stacked, "logits" (T,V), "alpha" (T,L) and "beta" (T,).
     """
-    params, a = in_float64(params), np.asarray(features, dtype=np.float64)
+    params = in_float64(params)
+    a = np.asarray(features, dtype=np.float64)
     mean = sum(a) / len(a)
     v_before = np.stack(
         [params["image_projection.weight"] @ a_i + params["image_projection.bias"] for a_i in a]
     )
     v_g_before = params["global_projection.weight"] @ mean + params["global_projection.bias"]
-    v, v_g = np.maximum(v_before, 0), np.maximum(v_g_before, 0)
+    v = np.maximum(v_before, 0)
+    v_g = np.maximum(v_g_before, 0)
     zero = np.zeros(v.shape[1])
     cell1 = cell2 = {"h": zero, "c": zero}
     steps = []
     for token in tokens:
         steps.append(word_step(params, v, v_g, int(token), cell1, cell2))
-        cell1, cell2 = steps[-1]["attention_lstm"], steps[-1]["language_lstm"]
+        cell1 = steps[-1]["attention_lstm"]
+        cell2 = steps[-1]["language_lstm"]
+    stacked = {
+        name: np.stack([step[name] for step in steps]) for name in ("logits", "alpha", "beta")
+    }
     return {
         "a": a,
         "mean": mean,
@@ -136,15 +160,17 @@ def gridtd_forward(params, features, tokens):
         "v_g_before": v_g_before,
         "v_g": v_g,
         "steps": steps,
-        **{name: np.stack([step[name] for step in steps]) for name in ("logits", "alpha", "beta")},
+        **stacked,
     }
 
 
 def lstm_lrp(params, name, cell, R_c, epsilon):
-    """One step of LRP-LSTM (Arras et al. 2017): R(c_t) (H,) -> R(x_t), R(h_{t-1}), R(c_{t-1}); gates get nothing."""
-    R_g = share(
-        R_c, cell["i"] * np.tanh(cell["g"]), cell["c"], epsilon
-    )  # R(tanh g) passes to g as it is
+    """One step of LRP-LSTM (Arras et al. 2017): R(c_t) (H,) -> R(x_t), R(h_{t-1}), R(c_{t-1}).
+
+    The gates get nothing.
+    """
+    # R(tanh g) passes to g as it is.
+    R_g = share(R_c, cell["i"] * np.tanh(cell["g"]), cell["c"], epsilon)
     R_c_previous = share(R_c, cell["f"] * cell["c_previous"], cell["c"], epsilon)
     rows = slice(2 * len(R_c), 3 * len(R_c))  # gate order i, f, g, o
     R_x = linear(R_g, cell["x"], params[f"{name}.weight_ih"][rows], cell["g"], epsilon)
@@ -155,7 +181,10 @@ def lstm_lrp(params, name, cell, R_c, epsilon):
 
 
 def context_lrp(v, step, R_c_hat, epsilon):
-    """The adaptive module: R(c_hat_t) -> R(s_t) (H,), R(v) (L,H); first c_hat = (1-beta) c + beta s, then the sum c."""
+    """The adaptive module: R(c_hat_t) -> R(s_t) (H,), R(v) (L,H).
+
+    First comes c_hat = (1-beta) c + beta s, then the sum c.
+    """
     R_s = share(R_c_hat, step["beta"] * step["s"], step["c_hat"], epsilon)
     R_c = share(R_c_hat, (1 - step["beta"]) * step["c"], step["c_hat"], epsilon)
     R_v = np.stack(
@@ -179,28 +208,25 @@ def image_lrp(params, forward, R_v, R_v_g, epsilon):
 
 
 def word_lrp(params, forward, last, target, epsilon):
-    """Algorithm 1 for logit `target` of step `last`: R(a) (L,D) and the relevance of the inputs 0..last (last+1,)."""
-    steps, H, E = forward["steps"], forward["v"].shape[1], len(forward["v_g"])
-    R_h1, R_c1, R_h2, R_c2, R_c_hat = (
-        np.zeros((last + 1, H)) for _ in range(5)
-    )  # one row a step; every source adds
-    R_v, R_v_g, R_word = np.zeros_like(forward["v"]), np.zeros(E), np.zeros(last + 1)
+    """Algorithm 1 for logit `target` of step `last`: R(a) (L,D) and R of the inputs 0..last."""
+    steps = forward["steps"]
+    H = forward["v"].shape[1]
+    E = len(forward["v_g"])
+    # One row a step; every source adds.
+    R_h1, R_c1, R_h2, R_c2, R_c_hat = np.zeros((5, last + 1, H))
+    R_v = np.zeros_like(forward["v"])
+    R_v_g = np.zeros(E)
+    R_word = np.zeros(last + 1)
 
-    logits, z = steps[last]["logits"], steps[last]["z"]
-    R_z = linear(
-        np.where(np.arange(len(logits)) == target, logits, 0),
-        z,
-        params["fc.weight"],
-        logits,
-        epsilon,
-    )
-    R_c_hat[last] += share(R_z, steps[last]["c_hat"], z, epsilon)
-    R_h2[last] += share(R_z, steps[last]["language_lstm"]["h"], z, epsilon)
+    R_c_hat_last, R_h2_last = logit_lrp(params, steps[last], target, epsilon)
+    R_c_hat[last] += R_c_hat_last
+    R_h2[last] += R_h2_last
 
     for t in range(last, -1, -1):
         R_c2[t] += R_h2[t]
+        language_cell = steps[t]["language_lstm"]
         R_x2, R_h2_back, R_c2_back = lstm_lrp(
-            params, "language_lstm", steps[t]["language_lstm"], R_c2[t], epsilon
+            params, "language_lstm", language_cell, R_c2[t], epsilon
         )
         R_c_hat[t] += R_x2[:H]
         R_h1[t] += R_x2[H:]
@@ -209,8 +235,9 @@ def word_lrp(params, forward, last, target, epsilon):
         R_v += R_v_t
 
         R_c1[t] += R_h1[t] + R_s
+        attention_cell = steps[t]["attention_lstm"]
         R_x1, R_h1_back, R_c1_back = lstm_lrp(
-            params, "attention_lstm", steps[t]["attention_lstm"], R_c1[t], epsilon
+            params, "attention_lstm", attention_cell, R_c1[t], epsilon
         )
         R_v_g += R_x1[H : H + E]
         R_word[t] = R_x1[H + E :].sum()
@@ -222,15 +249,28 @@ def word_lrp(params, forward, last, target, epsilon):
     return image_lrp(params, forward, R_v, R_v_g, epsilon), R_word
 
 
-def gridtd_lrp(params, features, tokens, targets, epsilon=0.01):
-    """LRP of the logits `targets` (T ids), one for each of the T input ids `tokens` of one image, features (L,D).
+def logit_lrp(params, step, target, epsilon):
+    """The logit `target` of one step -> R(c_hat), R(h2) (H,), through fc and z = c_hat + h2."""
+    logits = step["logits"]
+    z = step["z"]
+    R_logits = np.where(np.arange(len(logits)) == target, logits, 0)
+    R_z = linear(R_logits, z, params["fc.weight"], logits, epsilon)
+    R_c_hat = share(R_z, step["c_hat"], z, epsilon)
+    R_h2 = share(R_z, step["language_lstm"]["h"], z, epsilon)
+    return R_c_hat, R_h2
 
-    Returns feature_relevance (T,L,D), word_relevance (T,T) (row t: inputs 0..t, <start> first, zeros above the
-    diagonal) and scores (T,), the explained logits.
+
+def gridtd_lrp(params, features, tokens, targets, epsilon=0.01):
+    """LRP of the logits `targets` (T ids), one for each of the T input ids `tokens` of one image.
+
+    features (L,D). Returns feature_relevance (T,L,D), word_relevance (T,T) (row t: inputs 0..t,
+    <start> first, zeros above the diagonal) and scores (T,), the explained logits.
     """
-    params, forward = in_float64(params), gridtd_forward(params, features, tokens)
+    params = in_float64(params)
+    forward = gridtd_forward(params, features, tokens)
     feature_relevance = np.zeros((len(tokens), *forward["a"].shape))
-    word_relevance, scores = np.zeros((len(tokens), len(tokens))), np.zeros(len(tokens))
+    word_relevance = np.zeros((len(tokens), len(tokens)))
+    scores = np.zeros(len(tokens))
     for t, target in enumerate(targets):
         scores[t] = forward["logits"][t, int(target)]
         feature_relevance[t], word_relevance[t, : t + 1] = word_lrp(
@@ -240,20 +280,19 @@ def gridtd_lrp(params, features, tokens, targets, epsilon=0.01):
 
 
 def windows(shape, kernel, stride):
-    """For each kernel offset (i, j): the slices of a (C,H,W) array that it touches, one element an output pixel."""
-    (kh, kw), (sh, sw) = np.broadcast_to(kernel, 2), np.broadcast_to(stride, 2)
-    h, w = (shape[1] - kh) // sh + 1, (shape[2] - kw) // sw + 1
+    """For each kernel offset (i, j): i, j and the slices of a (C,H,W) array that it touches.
+
+    They hold one element for each output pixel.
+    """
+    kh, kw = np.broadcast_to(kernel, 2)
+    sh, sw = np.broadcast_to(stride, 2)
+    h = (shape[1] - kh) // sh + 1
+    w = (shape[2] - kw) // sw + 1
     for i in range(kh):
+        rows = slice(i, i + sh * (h - 1) + 1, sh)
         for j in range(kw):
-            yield (
-                i,
-                j,
-                (
-                    slice(None),
-                    slice(i, i + sh * (h - 1) + 1, sh),
-                    slice(j, j + sw * (w - 1) + 1, sw),
-                ),
-            )
+            columns = slice(j, j + sw * (w - 1) + 1, sw)
+            yield i, j, (slice(None), rows, columns)
 
 
 def pad(x, padding):
@@ -281,8 +320,13 @@ def conv_transposed(y, weight, stride, padding, shape):
 
 
 def conv_lrp(x, R, weight, stride, padding):
-    """alpha1-beta0: only positive products x w count, those of negative x and negative w too; no bias in z."""
-    parts = [(np.maximum(x, 0), np.maximum(weight, 0)), (np.minimum(x, 0), np.minimum(weight, 0))]
+    """alpha1-beta0: only positive products x w count, those of negative x and negative w too.
+
+    There is no bias in z.
+    """
+    positive = (np.maximum(x, 0), np.maximum(weight, 0))
+    negative = (np.minimum(x, 0), np.minimum(weight, 0))
+    parts = [positive, negative]
     z = sum(conv(x_part, w_part, stride, padding) for x_part, w_part in parts)
     quotient = np.divide(R, z, out=np.zeros_like(z), where=z != 0)
     return sum(
@@ -298,7 +342,9 @@ def maxpool(x, kernel, stride):
 
 def maxpool_lrp(x, R, kernel, stride):
     """Winner takes all; of equal values the first in reading order wins, as in PyTorch."""
-    R_x, best, left = np.zeros_like(x), maxpool(x, kernel, stride), np.ones(R.shape, dtype=bool)
+    R_x = np.zeros_like(x)
+    best = maxpool(x, kernel, stride)
+    left = np.ones(R.shape, dtype=bool)
     for _, _, at in windows(x.shape, kernel, stride):
         wins = left & (x[at] == best)
         R_x[at] += np.where(wins, R, 0)
@@ -307,15 +353,18 @@ def maxpool_lrp(x, R, kernel, stride):
 
 
 def encoder_forward(layers, image):
-    """The input of every layer and, last, the output; `encoder_lrp` says what layers are. ValueError: unknown kind."""
+    """The input of every layer and, last, the output.
+
+    `encoder_lrp` says what layers are. ValueError for a layer of unknown kind.
+    """
     values = [np.asarray(image, dtype=np.float64)]
     for kind, *settings in layers:
         if kind == "conv":
             weight, bias, stride, padding = settings
             y = conv(values[-1], np.asarray(weight, dtype=np.float64), stride, padding)
-            values.append(
-                y if bias is None else y + np.asarray(bias, dtype=np.float64)[:, None, None]
-            )
+            if bias is not None:
+                y = y + np.asarray(bias, dtype=np.float64)[:, None, None]
+            values.append(y)
         elif kind == "relu":
             values.append(np.maximum(values[-1], 0))
         elif kind == "maxpool":
@@ -328,11 +377,12 @@ def encoder_forward(layers, image):
 def encoder_lrp(layers, image, R_out):
     """R_out (C,h,w) at the output of a VGG-like chain -> R_image, shaped like image (3,H,W).
 
-    layers: ("conv", weight (O,C,kh,kw), bias (O,) or None, stride, padding), ("relu",) or ("maxpool", kernel, stride).
-    The first layer has no rule of its own.
+    layers: ("conv", weight (O,C,kh,kw), bias (O,) or None, stride, padding), ("relu",) or
+    ("maxpool", kernel, stride). The first layer has no rule of its own.
     """
     R = np.asarray(R_out, dtype=np.float64)
-    for (kind, *settings), x in reversed(list(zip(layers, encoder_forward(layers, image)))):
+    inputs = encoder_forward(layers, image)
+    for (kind, *settings), x in reversed(list(zip(layers, inputs))):
         if kind == "conv":
             weight, _, stride, padding = settings
             R = conv_lrp(x, R, np.asarray(weight, dtype=np.float64), stride, padding)

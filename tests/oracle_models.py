@@ -1,9 +1,10 @@
-"""The slow, obvious LRP of `oracle_lrp` for the other models: adaptive and multi-head captioners, branched encoders.
+"""The slow, obvious LRP of `oracle_lrp` for the other captioners and for branched encoders.
 
-`adaptive_lrp` and `aoa_lrp` explain words down to region features and input words as `gridtd_lrp` does, which gets
-here a mask of real regions too; `graph_lrp` goes on to the pixels through chains, concatenations and residual sums
-(SqueezeNet, ResNet, Inception). float64 NumPy, no autograd. Sizes: T words, L regions, D feature channels,
-E embedding, H hidden, V vocabulary, N heads. Use it from a test: `from oracle_models import aoa_lrp, graph_lrp`.
+`adaptive_lrp` and `aoa_lrp` explain words down to region features and input words as `gridtd_lrp`
+does; here that function takes a mask of real regions too. `graph_lrp` goes on to the pixels through
+chains, concatenations and residual sums (SqueezeNet, ResNet, Inception). All is float64 NumPy
+without autograd. Sizes: T words, L regions, D feature channels, E embedding, H hidden,
+V vocabulary, N heads. Use it from a test: `from oracle_models import aoa_lrp, graph_lrp`.
 """
 
 import math
@@ -31,7 +32,7 @@ from oracle_lrp import (
 
 
 def as_cell(params):
-    """The state_dict in float64, nn.LSTM's `lstm.*_l0` under the names of an nn.LSTMCell, `lstm.*`."""
+    """The state_dict in float64, nn.LSTM's `lstm.*_l0` renamed as an nn.LSTMCell's, `lstm.*`."""
     return {name.removesuffix("_l0"): value for name, value in in_float64(params).items()}
 
 
@@ -41,7 +42,10 @@ def affine(params, name, x):
 
 
 def real_regions(features, mask):
-    """Features (L,D) in float64 without the rows where mask (L,) is False. ValueError: bad shape or nothing left."""
+    """Features (L,D) in float64 without the rows where mask (L,) is False.
+
+    ValueError for a mask of wrong shape or type, or one that leaves nothing.
+    """
     features = np.asarray(features, dtype=np.float64)
     mask = np.ones(len(features), dtype=bool) if mask is None else np.asarray(mask)
     if mask.dtype != bool or mask.shape != (len(features),) or not mask.any():
@@ -60,16 +64,17 @@ def put_back(values, mask, axis):
 
 
 def gridtd_forward(params, features, tokens, *, mask=None):
-    """`oracle_lrp.gridtd_forward` of the real regions: "alpha" is (T,L) with zeros at padded ones, the rest lacks them.
+    """`oracle_lrp.gridtd_forward` of the real regions.
 
-    mask: (L,) booleans, True = a real region; None = all are.
+    "alpha" is (T,L) with zeros at padded regions; the other values lack them. mask: (L,) booleans,
+    True = a real region; None = all are.
     """
     forward = oracle_lrp.gridtd_forward(params, real_regions(features, mask), tokens)
     return {**forward, "alpha": put_back(forward["alpha"], mask, 1)}
 
 
 def gridtd_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
-    """`oracle_lrp.gridtd_lrp` of the real regions (mask (L,) as above); padded ones get relevance 0."""
+    """`oracle_lrp.gridtd_lrp` of the real regions (mask (L,)); padded ones get relevance 0."""
     R_a, R_word, scores = oracle_lrp.gridtd_lrp(
         params, real_regions(features, mask), tokens, targets, epsilon
     )
@@ -78,36 +83,40 @@ def gridtd_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
 
 def lstm_words(params, v_g, tokens):
     """One `lstm_step` a token of the LSTM over x_t = [embedding; v_g], from zero states."""
-    cells, zero = [], np.zeros(params["lstm.weight_hh"].shape[1])
-    h, c = zero, zero
+    cells = []
+    h = c = np.zeros(params["lstm.weight_hh"].shape[1])
     for token in tokens:
         x = np.concatenate([params["embedding.weight"][int(token)], v_g])
         cells.append(lstm_step(params, "lstm", x, h, c))
-        h, c = cells[-1]["h"], cells[-1]["c"]
+        h = cells[-1]["h"]
+        c = cells[-1]["c"]
     return cells
 
 
 def lstm_words_lrp(params, cells, R_h, R_c, epsilon):
-    """R(h), R(c) (H,) of the last of the T cells -> R(v_g), summed over all steps, and R of each input word (T,)."""
+    """R(h), R(c) (H,) of the last of the T cells -> R(v_g) and R of each input word (T,).
+
+    R(v_g) is summed over all steps.
+    """
     E = params["embedding.weight"].shape[1]
-    R_v_g, R_word = 0, np.zeros(len(cells))
+    R_v_g = 0
+    R_word = np.zeros(len(cells))
     for t in reversed(range(len(cells))):
-        R_x, R_h, R_c = lstm_lrp(
-            params, "lstm", cells[t], R_c + R_h, epsilon
-        )  # h to its cell in full, added
+        # R(h) goes to its cell in full and is added there.
+        R_x, R_h, R_c = lstm_lrp(params, "lstm", cells[t], R_c + R_h, epsilon)
         R_word[t] = R_x[:E].sum()
         R_v_g = R_v_g + R_x[E:]
     return R_v_g, R_word
 
 
 def output_lrp(params, step, target, context, epsilon):
-    """The logit `target` of one step -> R(context), R(h) (H,), through fc and the sum z = context + h."""
+    """The logit `target` of one step -> R(context), R(h) (H,), through fc and z = context + h."""
     logits = step["logits"]
     R_logits = np.where(np.arange(len(logits)) == target, logits, 0)
     R_z = linear(R_logits, step["z"], params["fc.weight"], logits, epsilon)
-    return share(R_z, step[context], step["z"], epsilon), share(
-        R_z, step["lstm"]["h"], step["z"], epsilon
-    )
+    R_context = share(R_z, step[context], step["z"], epsilon)
+    R_h = share(R_z, step["lstm"]["h"], step["z"], epsilon)
+    return R_context, R_h
 
 
 def stacked(steps, *names):
@@ -116,9 +125,14 @@ def stacked(steps, *names):
 
 
 def all_words(params, forward, targets, word_lrp, epsilon):
-    """word_lrp(params, forward, last, target, epsilon) for every word: R(a) (T,L,D), R(words) (T,T), scores (T,)."""
+    """word_lrp(params, forward, last, target, epsilon) for every word.
+
+    Returns R(a) (T,L,D), R(words) (T,T) and the scores (T,).
+    """
     T = len(forward["steps"])
-    R_a, R_word, scores = np.zeros((T, *forward["a"].shape)), np.zeros((T, T)), np.zeros(T)
+    R_a = np.zeros((T, *forward["a"].shape))
+    R_word = np.zeros((T, T))
+    scores = np.zeros(T)
     for t, target in enumerate(targets):
         scores[t] = forward["logits"][t, int(target)]
         R_a[t], R_word[t, : t + 1] = word_lrp(params, forward, t, int(target), epsilon)
@@ -126,7 +140,10 @@ def all_words(params, forward, targets, word_lrp, epsilon):
 
 
 def adaptive_step(params, v, cell):
-    """What follows the LSTM in one step of the adaptive captioner: s, what `attend` returns, z and logits."""
+    """What follows the LSTM in one step of the adaptive captioner.
+
+    Returns s, its gate, what `attend` returns, z and the logits.
+    """
     gate = sigmoid(
         affine(params, "sentinel_input", cell["x"])
         + affine(params, "sentinel_hidden", cell["h_previous"])
@@ -145,19 +162,20 @@ def adaptive_step(params, v, cell):
 
 
 def adaptive_forward(params, features, tokens, *, mask=None):
-    """Teacher-forced forward of the adaptive captioner: features (L,D), tokens the T input ids (first one <start>).
+    """Teacher-forced forward of the adaptive captioner on one image.
 
-    mask: (L,) booleans, True = a real region; None = all are. Returns of the real regions what `gridtd_forward` does:
-    "a", "mean", "v_before", "v", "v_g_before", "v_g" and "steps" (see `adaptive_step`); and stacked "logits" (T,V),
-    "alpha" (T,L), zero at padded regions, and "beta" (T,).
+    features (L,D); tokens: the T input ids from <start> on; mask: (L,) booleans, True = a real
+    region; None = all are. Returns of the real regions what `gridtd_forward` does: "a", "mean",
+    "v_before", "v", "v_g_before", "v_g" and "steps" (see `adaptive_step`); and stacked "logits"
+    (T,V), "alpha" (T,L), zero at padded regions, and "beta" (T,).
     """
-    params, a = as_cell(params), real_regions(features, mask)
+    params = as_cell(params)
+    a = real_regions(features, mask)
     mean = a.mean(axis=0)
-    v_before, v_g_before = (
-        affine(params, "image_projection", a),
-        affine(params, "global_projection", mean),
-    )
-    v, v_g = np.maximum(v_before, 0), np.maximum(v_g_before, 0)
+    v_before = affine(params, "image_projection", a)
+    v_g_before = affine(params, "global_projection", mean)
+    v = np.maximum(v_before, 0)
+    v_g = np.maximum(v_g_before, 0)
     steps = [adaptive_step(params, v, cell) for cell in lstm_words(params, v_g, tokens)]
     forward = {
         "a": a,
@@ -173,22 +191,25 @@ def adaptive_forward(params, features, tokens, *, mask=None):
 
 
 def adaptive_word_lrp(params, forward, last, target, epsilon):
-    """Logit `target` of step `last` -> R(a) (L,D), R(words) (last+1,). Only that step's context reaches the logit."""
+    """Logit `target` of step `last` -> R(a) (L,D), R(words) (last+1,).
+
+    Only that step's context reaches the logit.
+    """
     step = forward["steps"][last]
     R_c_hat, R_h = output_lrp(params, step, target, "c_hat", epsilon)
     R_s, R_v = context_lrp(forward["v"], step, R_c_hat, epsilon)
     cells = [step["lstm"] for step in forward["steps"][: last + 1]]
-    R_v_g, R_word = lstm_words_lrp(
-        params, cells, R_h, R_s, epsilon
-    )  # the sentinel's goes to its cell c_t in full
+    # The sentinel's relevance goes to its cell c_t in full.
+    R_v_g, R_word = lstm_words_lrp(params, cells, R_h, R_s, epsilon)
     return image_lrp(params, forward, R_v, R_v_g, epsilon), R_word
 
 
 def adaptive_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
-    """LRP of the logits `targets` (T ids) of the adaptive captioner, one for each of the T input ids `tokens`.
+    """LRP of the logits `targets` (T ids) of the adaptive captioner.
 
-    features (L,D); mask: (L,) booleans, True = a real region. Returns, as `gridtd_lrp`, feature_relevance (T,L,D),
-    word_relevance (T,T) and scores (T,).
+    There is one logit for each of the T input ids `tokens`. features (L,D); mask: (L,) booleans,
+    True = a real region. Returns, as `gridtd_lrp`, feature_relevance (T,L,D), word_relevance (T,T)
+    and scores (T,).
     """
     forward = adaptive_forward(params, real_regions(features, mask), tokens)
     R_a, R_word, scores = all_words(as_cell(params), forward, targets, adaptive_word_lrp, epsilon)
@@ -196,19 +217,27 @@ def adaptive_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
 
 
 def attend_heads(query, keys, values, heads):
-    """Each head looks with its own H/N dimensions: query (H,), keys and values (L,H) -> alpha (N,L), context (H,)."""
-    alpha, context = [], []
-    for q, k, value in zip(
-        np.split(query, heads), np.split(keys, heads, axis=1), np.split(values, heads, axis=1)
-    ):
+    """Each head attends with its own H/N dimensions.
+
+    query (H,), keys and values (L,H) -> alpha (N,L), context (H,).
+    """
+    queries = np.split(query, heads)
+    keys = np.split(keys, heads, axis=1)
+    values = np.split(values, heads, axis=1)
+    alpha = []
+    context = []
+    for q, k, value in zip(queries, keys, values):
         alpha.append(softmax(k @ q / np.sqrt(len(q))))
         context.append(sum(alpha[-1][p] * value_p for p, value_p in enumerate(value)))
     return np.stack(alpha), np.concatenate(context)
 
 
 def aoa_step(params, keys, values, cell, heads):
-    """What follows the LSTM in one step of the multi-head captioner: alpha (N,L), ctx, the context before and after
-    its gate, "c_before" and "c", z (all (H,)) and logits (V,)."""
+    """What follows the LSTM in one step of the multi-head captioner.
+
+    Returns alpha (N,L), ctx, the context before and after its gate, "c_before" and "c", z (all
+    (H,)) and the logits (V,).
+    """
     alpha, ctx = attend_heads(affine(params, "query", cell["h"]), keys, values, heads)
     c_before = affine(params, "context_projection", ctx)
     c = sigmoid(affine(params, "context_gate", cell["h"])) * c_before
@@ -225,19 +254,22 @@ def aoa_step(params, keys, values, cell, heads):
 
 
 def aoa_forward(params, features, tokens, *, heads, mask=None):
-    """Teacher-forced forward of the multi-head captioner: features (L,D), tokens the T input ids (first one <start>).
+    """Teacher-forced forward of the multi-head captioner on one image.
 
-    mask: (L,) booleans, True = a real region; None = all are. Returns of the real regions "a", "v_before", "v" and
-    "value" (L,H), "v_g" (H,) their mean, "steps" (see `aoa_step`); and stacked "logits" (T,V) and "alpha" (T,N,L),
-    zero at padded regions. ValueError: H is no multiple of heads.
+    features (L,D); tokens: the T input ids from <start> on; mask: (L,) booleans, True = a real
+    region; None = all are. Returns of the real regions "a", "v_before", "v" and "value" (L,H),
+    "v_g" (H,) the mean of v, "steps" (see `aoa_step`); and stacked "logits" (T,V) and "alpha"
+    (T,N,L), zero at padded regions. ValueError if H is no multiple of heads.
     """
-    params, a = as_cell(params), real_regions(features, mask)
+    params = as_cell(params)
+    a = real_regions(features, mask)
     v_before = affine(params, "image_projection", a)
     v = np.maximum(v_before, 0)
-    v_g, keys, values = v.mean(axis=0), affine(params, "key", v), affine(params, "value", v)
-    steps = [
-        aoa_step(params, keys, values, cell, heads) for cell in lstm_words(params, v_g, tokens)
-    ]
+    v_g = v.mean(axis=0)
+    keys = affine(params, "key", v)
+    values = affine(params, "value", v)
+    cells = lstm_words(params, v_g, tokens)
+    steps = [aoa_step(params, keys, values, cell, heads) for cell in cells]
     forward = {
         "a": a,
         "v_before": v_before,
@@ -254,9 +286,8 @@ def heads_lrp(step, values, R_ctx, epsilon):
     """R(ctx) (H,), the sum of alpha value of all heads -> R(values) (L,H)."""
     R_values = np.zeros_like(values)
     for p, value in enumerate(values):
-        alpha = np.repeat(
-            step["alpha"][:, p], len(value) // len(step["alpha"])
-        )  # a head's weight at its dimensions
+        # The weight of each head at its own dimensions.
+        alpha = np.repeat(step["alpha"][:, p], len(value) // len(step["alpha"]))
         R_values[p] = share(R_ctx, alpha * value, step["ctx"], epsilon)
     return R_values
 
@@ -272,7 +303,10 @@ def aoa_image_lrp(params, forward, R_values, R_v_g, epsilon):
 
 
 def aoa_word_lrp(params, forward, last, target, epsilon):
-    """Logit `target` of step `last` -> R(a) (L,D), R(words) (last+1,); query, key and gate get nothing."""
+    """Logit `target` of step `last` -> R(a) (L,D), R(words) (last+1,).
+
+    Query, key and gate get nothing.
+    """
     step = forward["steps"][last]
     R_c, R_h = output_lrp(params, step, target, "c", epsilon)
     R_ctx = linear(R_c, step["ctx"], params["context_projection.weight"], step["c_before"], epsilon)
@@ -283,10 +317,11 @@ def aoa_word_lrp(params, forward, last, target, epsilon):
 
 
 def aoa_lrp(params, features, tokens, targets, epsilon=0.01, *, heads, mask=None):
-    """LRP of the logits `targets` (T ids) of the multi-head captioner, one for each of the T input ids `tokens`.
+    """LRP of the logits `targets` (T ids) of the multi-head captioner.
 
-    features (L,D); mask: (L,) booleans, True = a real region. Returns, as `gridtd_lrp`, feature_relevance (T,L,D),
-    word_relevance (T,T) and scores (T,).
+    There is one logit for each of the T input ids `tokens`. features (L,D); mask: (L,) booleans,
+    True = a real region. Returns, as `gridtd_lrp`, feature_relevance (T,L,D), word_relevance (T,T)
+    and scores (T,).
     """
     forward = aoa_forward(params, real_regions(features, mask), tokens, heads=heads)
     R_a, R_word, scores = all_words(as_cell(params), forward, targets, aoa_word_lrp, epsilon)
@@ -294,13 +329,18 @@ def aoa_lrp(params, features, tokens, targets, epsilon=0.01, *, heads, mask=None
 
 
 def pad_for_pool(x, kernel, stride, padding, ceil_mode, value):
-    """x (C,H,W) with `value` around it. With ceil_mode also as much below and right as one more window needs, unless
-    that window would start beyond the image (PyTorch's rule)."""
+    """x (C,H,W) with `value` around it.
+
+    With ceil_mode there is also as much below and right as one more window needs, unless that
+    window would start beyond the image (PyTorch's rule).
+    """
+    kernel = np.broadcast_to(kernel, 2)
+    stride = np.broadcast_to(stride, 2)
+    padding = np.broadcast_to(padding, 2)
+    rounded = math.ceil if ceil_mode else math.floor
     widths = [(0, 0)]
-    for size, k, s, p in zip(
-        x.shape[1:], *(np.broadcast_to(n, 2) for n in (kernel, stride, padding))
-    ):
-        last = (math.ceil if ceil_mode else math.floor)((size + 2 * p - k) / s)
+    for size, k, s, p in zip(x.shape[1:], kernel, stride, padding):
+        last = rounded((size + 2 * p - k) / s)
         if last * s >= size + p:
             last -= 1
         widths.append((p, p + max(0, last * s + k - size - 2 * p)))
@@ -322,17 +362,18 @@ def padded_maxpool_lrp(x, R, kernel, stride, padding=0, ceil_mode=False):
 def avgpool(x, kernel, stride, padding):
     """Mean over windows of x (C,H,W), zeros of the padding counted as elements."""
     padded = pad_for_pool(x, kernel, stride, padding, False, 0)
-    return sum(padded[at] for _, _, at in windows(padded.shape, kernel, stride)) / np.prod(
-        np.broadcast_to(kernel, 2)
-    )
+    total = sum(padded[at] for _, _, at in windows(padded.shape, kernel, stride))
+    return total / np.prod(np.broadcast_to(kernel, 2))
 
 
 def avgpool_lrp(x, R, kernel, stride, padding):
-    """R is shared in proportion to the inputs of each window, no epsilon; it ends where the mean is 0."""
+    """R is shared in proportion to the inputs of each window, without epsilon.
+
+    It ends where the mean is 0.
+    """
     padded = pad_for_pool(x, kernel, stride, padding, False, 0)
-    quotient = ratio(
-        R, avgpool(x, kernel, stride, padding) * np.prod(np.broadcast_to(kernel, 2)), 0
-    )
+    total = avgpool(x, kernel, stride, padding) * np.prod(np.broadcast_to(kernel, 2))
+    quotient = ratio(R, total, 0)
     R_padded = np.zeros_like(padded)
     for _, _, at in windows(padded.shape, kernel, stride):
         R_padded[at] += padded[at] * quotient
@@ -340,7 +381,10 @@ def avgpool_lrp(x, R, kernel, stride, padding):
 
 
 def graph_forward(node, x):
-    """The output (O,h,w) of a node (`graph_lrp` says which there are) for x (C,H,W). ValueError: unknown node."""
+    """The output (O,h,w) of a node for x (C,H,W).
+
+    `graph_lrp` says which nodes there are. ValueError for an unknown one.
+    """
     x = np.asarray(x, dtype=np.float64)
     match node:
         case ("sequence", nodes):
@@ -359,9 +403,8 @@ def graph_forward(node, x):
         case ("maxpool", kernel, stride):
             return maxpool(x, kernel, stride)
         case ("maxpool", kernel, stride, padding, ceil_mode):
-            return maxpool(
-                pad_for_pool(x, kernel, stride, padding, ceil_mode, -np.inf), kernel, stride
-            )
+            padded = pad_for_pool(x, kernel, stride, padding, ceil_mode, -np.inf)
+            return maxpool(padded, kernel, stride)
         case ("avgpool", kernel, stride, padding):
             return avgpool(x, kernel, stride, padding)
     raise ValueError(f"unknown node {node[0]!r} with {len(node) - 1} settings")
@@ -380,28 +423,32 @@ def sequence_lrp(nodes, x, R, epsilon):
 def concat_lrp(branches, x, R, epsilon):
     """Every branch takes back the channels that it made; at their common input they add."""
     ends = np.cumsum([len(graph_forward(branch, x)) for branch in branches])
-    return sum(
-        graph_lrp(branch, x, part, epsilon)
-        for branch, part in zip(branches, np.split(R, ends[:-1]))
-    )
+    parts = np.split(R, ends[:-1])
+    return sum(graph_lrp(branch, x, part, epsilon) for branch, part in zip(branches, parts))
 
 
 def residual_lrp(main, shortcut, x, R, epsilon):
     """Each addend y gets R y / (sum + epsilon sign sum); at their common input they add."""
-    parts = [graph_forward(main, x), graph_forward(shortcut, x)]
-    R_main, R_shortcut = (share(R, part, parts[0] + parts[1], epsilon) for part in parts)
+    main_output = graph_forward(main, x)
+    shortcut_output = graph_forward(shortcut, x)
+    total = main_output + shortcut_output
+    R_main = share(R, main_output, total, epsilon)
+    R_shortcut = share(R, shortcut_output, total, epsilon)
     return graph_lrp(main, x, R_main, epsilon) + graph_lrp(shortcut, x, R_shortcut, epsilon)
 
 
 def graph_lrp(node, x, R_out, epsilon=0.01):
-    """R_out (O,h,w) at the output of a node -> R (C,H,W) at its input x. epsilon is that of residual sums only.
+    """R_out (O,h,w) at the output of a node -> R (C,H,W) at its input x.
 
-    Nodes: ("sequence", [nodes]), empty for the identity; ("concat", [nodes]), channels of branches over one input;
-    ("residual", main, shortcut); ("conv", weight (O,C,kh,kw), bias (O,) or None, stride, padding); ("relu",);
-    ("maxpool", kernel, stride[, padding, ceil_mode]); ("avgpool", kernel, stride, padding). Kernels, strides and
-    paddings are numbers or pairs (vertical, horizontal). Convolutions follow alpha1-beta0. ValueError: unknown node.
+    Nodes: ("sequence", [nodes]), empty for the identity; ("concat", [nodes]), the channels of
+    branches over one input; ("residual", main, shortcut); ("conv", weight (O,C,kh,kw), bias (O,) or
+    None, stride, padding); ("relu",); ("maxpool", kernel, stride[, padding, ceil_mode]);
+    ("avgpool", kernel, stride, padding). Kernels, strides and paddings are numbers or pairs
+    (vertical, horizontal). Convolutions follow alpha1-beta0; epsilon is that of residual sums only.
+    ValueError for an unknown node.
     """
-    x, R = np.asarray(x, dtype=np.float64), np.asarray(R_out, dtype=np.float64)
+    x = np.asarray(x, dtype=np.float64)
+    R = np.asarray(R_out, dtype=np.float64)
     match node:
         case ("sequence", nodes):
             return sequence_lrp(nodes, x, R, epsilon)

