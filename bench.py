@@ -41,10 +41,11 @@ from experiments import SUMMARIES, Examiner
 from featurecache import features_path, lay_out, write_rows
 from images import image_transform, load_image
 from objectives import CrossEntropy, ImageLRPInference, LRPInference
-from preparedataset import COCO_TRAIN, prepare
+from preparedataset import prepare
 from pycocoevalcap.chair.chair import object_phrases
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.ciderd.ciderd import CiderD
+from readers.coco import COCO_TRAIN
 from scenes import write_scenes
 from train import PAPER, TrainingStep, build_optimizer, clip, parse_arguments
 from vocabulary import Vocabulary, padded

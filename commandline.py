@@ -108,7 +108,7 @@ def check_limits(values, flags):
     for flag in flags:
         least, greatest = flag.limits
         value = values.get(flag.name)
-        if value is None or isinstance(value, str) or least <= value <= greatest:
+        if not isinstance(value, (int, float)) or least <= value <= greatest:
             continue
         if greatest == math.inf:
             raise UserError(f"--{flag.name} must be at least {least}, not {value}")

@@ -41,8 +41,8 @@ from commandline import (
 from decoding import OPTIONS, add_decoding_flags, decoding_options
 from experiments import SUMMARIES, THRESHOLDS, Examiner
 from images import image_transform
-from preparedataset import coco_categories, read_coco_json
 from pycocoevalcap.chair.chair import object_phrases
+from readers.coco import coco_categories, read_coco_json
 from vocabulary import padded
 
 EXAMINED_AT_ONCE = 16  # images

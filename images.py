@@ -10,11 +10,14 @@ from torchvision.transforms import v2
 
 from commandline import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+EXIF_ORIENTATION = 0x0112
 
 
 def load_image(path):
-    """The image in `path` as an 8-bit RGB PIL image, upright as its EXIF tag says, transparency laid on white.
+    """The image in `path` as an 8-bit RGB PIL image, upright as its EXIF tag says, transparency
+    laid on white.
 
     UserError naming the file if it is missing, truncated or not an image.
     """
@@ -23,15 +26,17 @@ def load_image(path):
 
 
 def image_size(path):
-    """(width, height) in pixels as `load_image` returns it; reads the header only. UserError as there."""
+    """(width, height) in pixels as `load_image` returns it; reads the header only. UserError as
+    there."""
     with opened_image(path) as image:
-        sideways = image.getexif().get(0x0112, 1) >= 5  # 0x0112: orientation
+        sideways = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
         return image.size[::-1] if sideways else image.size
 
 
 @contextmanager
 def opened_image(path):
-    """The image in `path` as PIL opens it; whatever goes wrong with it is a UserError naming the file."""
+    """The image in `path` as PIL opens it; whatever goes wrong with it is a UserError naming the
+    file."""
     try:
         with Image.open(path) as image:
             yield image
@@ -44,27 +49,29 @@ def opened_image(path):
 def _to_rgb(image):
     """An 8-bit RGB copy of a PIL image of any mode."""
     if image.mode.startswith("I"):  # 16 bits a pixel: PIL would clip them to 255 instead of scaling
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert(
-            "RGB"
-        )
+        grey = (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def image_transform(size, augment=False):
-    """PIL RGB image -> float (3, size, size), stretched to a square (as the paper does), ImageNet-normalised.
+    """A function: PIL RGB image -> float (3, size, size), stretched to a square (as the paper
+    does), ImageNet-normalised.
 
-    `augment` adds the original's training augmentation: brightness and contrast by up to 20 %, mirroring.
+    `augment` adds the original's training augmentation: brightness and contrast by up to 20 %,
+    mirroring.
     """
-    augmentation = (
-        [v2.ColorJitter(brightness=0.2, contrast=0.2), v2.RandomHorizontalFlip()] if augment else []
-    )
-    to_tensor = [
+    steps = [v2.Resize((size, size))]
+    if augment:
+        steps += [v2.ColorJitter(brightness=0.2, contrast=0.2), v2.RandomHorizontalFlip()]
+    steps += [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         v2.ToPureTensor(),
     ]
-    return v2.Compose([v2.Resize((size, size)), *augmentation, *to_tensor])
+    return v2.Compose(steps)

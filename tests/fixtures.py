@@ -1,4 +1,5 @@
-"""Small datasets in the files that COCO, Karpathy and Flickr30k Entities give out: their keys, their order, their punctuation.
+"""Small datasets in the files that COCO, Karpathy and Flickr30k Entities give out: their keys,
+their order, their punctuation.
 
 Every image is 20 x 10 pixels.
 """
@@ -40,10 +41,11 @@ CATEGORIES = [
 
 
 def draw(path, size=(20, 10), seed=0):
+    """Save an image of noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    ).save(path)
+    shape = (size[1], size[0], 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
 def edit(path, change):
@@ -54,32 +56,66 @@ def edit(path, change):
 
 
 def write_coco(root, name, ids, categories=CATEGORIES, info=INFO, **more):
-    """A split in COCO's layout, its images listed in reverse: each has a dog in x 2..10, y 1..7, the first also a crowd in x 4..10.
-    more: further keys of the boxes."""
-    images = [{"license": 1, "file_name": f"{i:012}.jpg", "coco_url": f"http://images.cocodataset.org/{name}/{i:012}.jpg", "height": 10,
-               "width": 20, "date_captured": "2013-11-14 17:02:52", "flickr_url": f"http://farm7.staticflickr.com/1/{i}_z.jpg", "id": i}
-              for i in reversed(ids)]  # fmt: skip
+    """A split in COCO's layout, its images listed in reverse: each has a dog in x 2..10, y 1..7,
+    the first also a crowd in x 4..10. more: further keys of the dogs' boxes."""
+    images = [coco_image(name, i) for i in reversed(ids)]
     for image in images:
         draw(root / name / image["file_name"], seed=image["id"])
-    sentences = [
-        {"image_id": i, "id": 10 * i + k, "caption": f"A dog, no. {k} \n"}
-        for i in ids
-        for k in range(5)
-    ]
-    boxes = [{"segmentation": [[2, 1, 10, 1, 10, 7]], "area": 24.0, "iscrowd": 0, "image_id": i, "bbox": [2, 1, 8, 6], "category_id": 3,
-              "id": i, **more} for i in ids]  # fmt: skip
-    boxes.append({"segmentation": {"counts": [40, 60, 100], "size": [10, 20]}, "area": 60, "iscrowd": 1, "image_id": ids[0],
-                  "bbox": [4, 0, 6, 10], "category_id": 7, "id": 900100000000 + ids[0]})  # fmt: skip
-    common, folder = {"info": info, "licenses": LICENSES, "images": images}, root / "annotations"
+    sentences = []
+    for i in ids:
+        for k in range(5):
+            sentences.append({"image_id": i, "id": 10 * i + k, "caption": f"A dog, no. {k} \n"})
+    boxes = [coco_dog(i) | more for i in ids]
+    boxes.append(coco_crowd(ids[0]))
+    common = {"info": info, "licenses": LICENSES, "images": images}
+    folder = root / "annotations"
     folder.mkdir(exist_ok=True)
-    for kind, content in (
-        ("captions", {"annotations": sentences}),
-        ("instances", {"annotations": boxes, "categories": categories}),
-    ):
-        (folder / f"{kind}_{name}.json").write_text(
-            json.dumps({**common, **content}, separators=(",", ": "))
-        )
+    captions = {**common, "annotations": sentences}
+    instances = {**common, "annotations": boxes, "categories": categories}
+    for kind, content in (("captions", captions), ("instances", instances)):
+        text = json.dumps(content, separators=(",", ": "))
+        (folder / f"{kind}_{name}.json").write_text(text)
     return root
+
+
+def coco_image(split, i):
+    """COCO's record of an image."""
+    return {
+        "license": 1,
+        "file_name": f"{i:012}.jpg",
+        "coco_url": f"http://images.cocodataset.org/{split}/{i:012}.jpg",
+        "height": 10,
+        "width": 20,
+        "date_captured": "2013-11-14 17:02:52",
+        "flickr_url": f"http://farm7.staticflickr.com/1/{i}_z.jpg",
+        "id": i,
+    }
+
+
+def coco_dog(image_id):
+    """COCO's record of an object."""
+    return {
+        "segmentation": [[2, 1, 10, 1, 10, 7]],
+        "area": 24.0,
+        "iscrowd": 0,
+        "image_id": image_id,
+        "bbox": [2, 1, 8, 6],
+        "category_id": 3,
+        "id": image_id,
+    }
+
+
+def coco_crowd(image_id):
+    """COCO's record of a crowd, whose segmentation is run lengths."""
+    return {
+        "segmentation": {"counts": [40, 60, 100], "size": [10, 20]},
+        "area": 60,
+        "iscrowd": 1,
+        "image_id": image_id,
+        "bbox": [4, 0, 6, 10],
+        "category_id": 7,
+        "id": 900100000000 + image_id,
+    }
 
 
 def write_coco2017(root):
@@ -97,17 +133,20 @@ def write_flickr(root, name="flickr8k", splits=("train", "restval", "val", "trai
     images = []
     for k, split in enumerate(splits):
         draw(root / "images" / flickr_file(name, k), seed=k)
-        tokens, raw, ids = (
-            ["two", "dogs", "ball", f"{k}"],
-            f"Two dogs' ball, {k}.",
-            list(range(5 * k, 5 * k + 5)),
-        )
-        sentences = [
-            {"tokens": tokens, "raw": raw, "imgid": k, "sentid": sentence} for sentence in ids
-        ]
+        sentence_ids = list(range(5 * k, 5 * k + 5))
+        sentences = []
+        for sentence_id in sentence_ids:
+            sentences.append(
+                {
+                    "tokens": ["two", "dogs", "ball", f"{k}"],
+                    "raw": f"Two dogs' ball, {k}.",
+                    "imgid": k,
+                    "sentid": sentence_id,
+                }
+            )
         images.append(
             {
-                "sentids": ids,
+                "sentids": sentence_ids,
                 "imgid": k,
                 "sentences": sentences,
                 "split": split,
@@ -118,25 +157,28 @@ def write_flickr(root, name="flickr8k", splits=("train", "restval", "val", "trai
     return root
 
 
-ENTITY = """<annotation><filename>1001.jpg</filename><size><width>500</width><height>400</height><depth>3</depth></size>
-<object><name>11</name><bndbox><xmin>100</xmin><ymin>40</ymin><xmax>250</xmax><ymax>400</ymax></bndbox></object>
-<object><name>12</name><name>13</name><bndbox><xmin>0</xmin><ymin>0</ymin><xmax>500</xmax><ymax>200</ymax></bndbox></object>
+ENTITY = """<annotation><filename>1001.jpg</filename>
+<size><width>500</width><height>400</height><depth>3</depth></size>
+<object><name>11</name>
+<bndbox><xmin>100</xmin><ymin>40</ymin><xmax>250</xmax><ymax>400</ymax></bndbox></object>
+<object><name>12</name><name>13</name>
+<bndbox><xmin>0</xmin><ymin>0</ymin><xmax>500</xmax><ymax>200</ymax></bndbox></object>
 <object><name>14</name><scene>1</scene><nobndbox>0</nobndbox></object></annotation>"""
 SENTENCES = """[/EN#11/people A young man] throws [/EN#12/other a frisbee] .
-[/EN#11/people A guy] with [/EN#13/other a gadget] on [/EN#14/scene the street] in front of [/EN#0/notvisual it] .
+[/EN#11/people A guy] with [/EN#13/other a gadget] on [/EN#14/scene the street] in front of \
+[/EN#0/notvisual it] .
 """
 
 
 def write_entities(root, name="1001"):
     """Flickr30k Entities of the second image that `write_flickr` writes."""
-    annotation, sentences = (
-        root / "Flickr30kEntities" / folder for folder in ("Annotations", "Sentences")
-    )
-    for folder in (annotation, sentences):
-        folder.mkdir(parents=True)
+    annotations = root / "Flickr30kEntities" / "Annotations"
+    sentences = root / "Flickr30kEntities" / "Sentences"
+    annotations.mkdir(parents=True)
+    sentences.mkdir()
     tree = ElementTree.ElementTree(ElementTree.fromstring(ENTITY))
     ElementTree.indent(tree, "\t")
-    tree.write(annotation / f"{name}.xml")
+    tree.write(annotations / f"{name}.xml")
     (sentences / f"{name}.txt").write_text(SENTENCES)
     return root
 
@@ -161,18 +203,16 @@ def command(monkeypatch, module, *arguments):
 
 
 def refused(module, arguments, monkeypatch, capsys):
-    """Run a script in this process; returns what it says after its name, having checked that it is one line."""
+    """Run a script in this process; returns what it says after its name, having checked that it is
+    one line."""
     command(monkeypatch, module, *arguments)
     with pytest.raises(SystemExit) as caught:
         run(module.main)
     out, err = capsys.readouterr()
-    name, _, message = (
-        err.removesuffix("\n").rpartition("\r")[2].partition(": error: ")
-    )  # a progress bar wipes itself out by \r
-    assert (
-        caught.value.code == 2
-        and name == f"{module.__name__}.py"
-        and not out
-        and "\n" not in message
-    )
+    last = err.removesuffix("\n").rpartition("\r")[2]  # a progress bar wipes itself out by \r
+    name, _, message = last.partition(": error: ")
+    assert caught.value.code == 2
+    assert name == f"{module.__name__}.py"
+    assert not out
+    assert "\n" not in message
     return message
