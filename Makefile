@@ -1,15 +1,19 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
 #   make demo       explain the captions of two drawn scenes with the captioner that ships
 #   make check      ruff: style, and what it finds wrong
+#   make check      ruff: style, and what it finds wrong
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
-#   make tuning-experiment    fine-tune every captioner in every way, three seeds, and print the table of RESULTS.md (hours)
-#   make scenes     draw the embedded dataset and train its captioner again (checkpoints/scenes-gridtd.pt)
+#   make tuning-experiment    fine-tune every captioner in every way, three seeds (hours), and
+#                   print the table of RESULTS.md
+#   make scenes     draw the embedded dataset and train its captioner again
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 CORENLP := edu.stanford.nlp:stanford-corenlp:3.6.0
-SPICE_JARS := $(CORENLP) $(CORENLP):jar:models org.mozilla:rhino:1.7.15 org.mozilla:rhino-engine:1.7.15
+RHINO := org.mozilla:rhino:1.7.15 org.mozilla:rhino-engine:1.7.15
+SPICE_JARS := $(CORENLP) $(CORENLP):jar:models $(RHINO)
+MVN_COPY := mvn -q dependency:copy -DoutputDirectory=data/spice
 
 .PHONY: demo check test spice tuning-experiment scenes clean
 
@@ -20,14 +24,20 @@ check: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests
 
-# By Maven; without it by pycocoevalcap's own downloader, whose result needs a Java that still has JavaScript (8 to 14).
+# By Maven; without it by pycocoevalcap's own downloader, whose result needs a Java that still has
+# JavaScript (8 to 14).
 spice: .venv/installed
 	if command -v mvn > /dev/null; \
-	then for jar in $(SPICE_JARS); do mvn -q dependency:copy -Dartifact=$$jar -DoutputDirectory=data/spice || exit 1; done; \
-	else $(RUN) -c "from pycocoevalcap.spice.get_stanford_models import get_stanford_models as get; get()"; fi
+	then for jar in $(SPICE_JARS); do $(MVN_COPY) -Dartifact=$$jar || exit 1; done; \
+	else $(RUN) -c "from pycocoevalcap.spice import get_stanford_models as jars; \
+	                jars.get_stanford_models()"; fi
 
 tuning-experiment: .venv/installed
 	$(RUN) tuning_experiment.py
