@@ -1,7 +1,6 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
 #   make demo       explain the captions of two drawn scenes with the captioner that ships
 #   make check      ruff: style, and what it finds wrong
-#   make check      ruff: style, and what it finds wrong
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
 #   make tuning-experiment    fine-tune every captioner in every way, three seeds (hours), and
@@ -19,10 +18,6 @@ MVN_COPY := mvn -q dependency:copy -DoutputDirectory=data/spice
 
 demo: .venv/installed
 	$(RUN) explain.py data/demo/*.jpg
-
-check: .venv/installed
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
 
 check: .venv/installed
 	.venv/bin/ruff check .

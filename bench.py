@@ -47,13 +47,15 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.ciderd.ciderd import CiderD
 from readers.coco import COCO_TRAIN
 from scenes import write_scenes
-from train import PAPER, TrainingStep, build_optimizer, clip, parse_arguments
+from train import parse_arguments
+from trainer import TrainingStep, build_optimizer, clip_gradients
 from vocabulary import Vocabulary, padded
 
 WORDS = 10  # words of the explained caption
 VOCABULARY = 10_000
 SCENES = 500
 REGIONS = (196, 512)  # of VGG16
+PAPER_BATCH = 32  # images a step
 
 
 def seconds(functions, device, repeats):
@@ -197,7 +199,7 @@ def bench_coco(device, repeats):
     are random, with the shapes of the real ones (captions of 8 to 20 words, 12 in the mean)."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_random_dataset(Path(folder), (repeats + 1) * PAPER["batch_size"])
+        write_random_dataset(Path(folder), (repeats + 1) * PAPER_BATCH)
         for model_type in MODELS:
             rows += coco_rows(folder, model_type, device)
     return rows
@@ -205,22 +207,17 @@ def bench_coco(device, repeats):
 
 def coco_rows(folder, model_type, device):
     """The rows of one captioner: one pass over the dataset in `folder`, then once more with its batches at hand."""
-    args = parse_arguments(
-        [
-            "--preset",
-            "paper",
-            "--model_type",
-            model_type,
-            *(["--bfloat16"] if device.type == "cuda" else []),
-        ]
-    )
+    flags = ["--preset", "paper", "--model_type", model_type]
+    if device.type == "cuda":
+        flags.append("--bfloat16")
+    config = parse_arguments(flags).training
     captioner, _ = random_captioner(device, encoder="vgg16", model_type=model_type)
     captioner.encoder.requires_grad_(False)
-    optimizer, _ = build_optimizer(captioner.train(), args, 1)
-    step = TrainingStep(captioner, CrossEntropy(captioner), True, args.bfloat16)
+    optimizer = build_optimizer(captioner.train(), config)
+    step = TrainingStep(captioner, CrossEntropy(captioner), True, config.bfloat16)
     dataset = CaptionDataset(folder, "train", features="vgg16")
     loader = DataLoader(
-        dataset, args.batch_size, num_workers=args.workers, pin_memory=device.type == "cuda"
+        dataset, config.batch_size, num_workers=config.workers, pin_memory=device.type == "cuda"
     )
     kept = [(inputs.to(device), captions, indices) for inputs, captions, indices in loader]
 
@@ -230,7 +227,7 @@ def coco_rows(folder, model_type, device):
             loss, _ = step(inputs.to(device, non_blocking=True), *rest)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            clip(optimizer, args)
+            clip_gradients(optimizer, config.grad_clip, config.grad_norm)
             optimizer.step()
             if count == 0:
                 synchronize(device)
@@ -243,9 +240,9 @@ def coco_rows(folder, model_type, device):
     at_hand, from_file = epoch(kept), epoch(loader)
     against = f"{model_type}: a step of COCO's size, 32 images x 5 captions, batches at hand"
     numbers = {
-        "images/s": args.batch_size / from_file,
-        "captions/s": 5 * args.batch_size / from_file,
-        "hours for an epoch of 110,000 images": COCO_TRAIN / args.batch_size * from_file / 3600,
+        "images/s": config.batch_size / from_file,
+        "captions/s": 5 * config.batch_size / from_file,
+        "hours for an epoch of 110,000 images": COCO_TRAIN / config.batch_size * from_file / 3600,
         "share of time waiting for data": max(0.0, 1 - at_hand / from_file),
     }
     if device.type == "cuda":
@@ -365,11 +362,11 @@ def training_data(device, batch=32):
 
 def training_step(captioner, objective, inputs, features, captions, images=None):
     """A function that makes one step of an objective on these captions, without the optimizer."""
-    objective.words = lambda captions: (inputs, captions)
 
     def step():
         captioner.zero_grad()
-        objective(images, features, captions, None)[0].backward()
+        loss, _ = objective.loss(features, inputs, captions, images)
+        loss.backward()
 
     return step
 

@@ -104,7 +104,10 @@ def add_flags(parser, flags):
 
 
 def check_limits(values, flags):
-    """Raise a UserError for a value outside of its flag's limits. values: {name: value or None}."""
+    """Raise a UserError for a number outside of its flag's limits.
+
+    values: {name: value}, of which only numbers have limits.
+    """
     for flag in flags:
         least, greatest = flag.limits
         value = values.get(flag.name)
@@ -154,7 +157,7 @@ COMMON_FLAGS = [
         "where to compute, e.g. cpu, cuda, cuda:1",
         shown="cuda if there is one, else cpu",
     ),
-    Flag("seed", "the one source of randomness", default=0, type=random_seed),
+    Flag("seed", "the one source of randomness", default=0, type=random_seed, repeated=True),
 ]
 
 

@@ -1,11 +1,13 @@
-"""One job on several processes, started by torchrun: who am I, which part is mine, put the parts together. In a file of its own
-because training, evaluation and explanation all share their work in this one way.
+"""One job on several processes, started by torchrun: which process this is, which part of the work
+is its own, and how the parts are put together.
 
     torchrun --nproc_per_node=4 train.py ...
     torchrun --nproc_per_node=4 evaluation.py ...
 
-Work is shared by whole batches, never by rows of a batch, wherever a result must not depend on the number of processes: the same
-batches are computed, only elsewhere. A script that was not started by torchrun is a job of one process, and nothing here is felt.
+Training, evaluation and explanation all divide their work in this one way. They divide it by whole
+batches, never by rows of a batch, wherever a result must not depend on the number of processes: the
+same batches are computed, only elsewhere. A script that torchrun did not start is a job of one
+process, and for it these functions do nothing.
 """
 
 import os
@@ -18,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commandline import UserError, choose_device
 
-PATIENCE = timedelta(
-    hours=12
-)  # with the slowest process: a share of the experiments takes hours, and PyTorch waits 30 minutes
+# How long to wait for the slowest process. One part of the experiments takes hours; PyTorch would
+# wait for 30 minutes.
+PATIENCE = timedelta(hours=12)
 
 
 def rank():
@@ -34,7 +36,7 @@ def world_size():
 
 
 def processes_here():
-    """How many of them run on this machine."""
+    """How many processes of the job run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -44,53 +46,67 @@ def is_main():
 
 
 def restarted():
-    """Whether torchrun started the processes anew, because one of them failed or others joined."""
+    """Whether torchrun started the processes again, because one failed or others joined."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def own_device(name=None):
-    """As `choose_device`; without a name, or for "cuda", the GPU that is this process' own on its machine."""
-    if world_size() > 1 and (name or "").startswith("cuda:"):
+    """The device of this process: as `choose_device`, but each process gets a GPU of its own.
+
+    name: None or "cuda" for such a GPU, or another device. UserError for the name of a single GPU,
+    or if the machine has fewer GPUs than processes.
+    """
+    if world_size() == 1:
+        return choose_device(name)
+    if name is not None and name.startswith("cuda:"):
         raise UserError(
-            f"--device {name} would give all {world_size()} processes the same GPU; say --device cuda, or nothing"
+            f"all {world_size()} processes would share the device '{name}'; "
+            "say cuda, or nothing, and each takes a GPU of its own"
         )
-    if world_size() > 1 and name in (None, "cuda") and torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine"
-            )
-        name = f"cuda:{local}"
+    if name in (None, "cuda") and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= gpus:
+            raise UserError(f"--nproc_per_node is more than the {gpus} GPUs of this machine")
+        name = f"cuda:{local_rank}"
     return choose_device(name)
 
 
 @contextmanager
 def job(device):
-    """The processes know each other inside: by NCCL between GPUs, else by gloo. Ranks above 0 print nothing."""
+    """A context in which the processes can exchange tensors: by NCCL between GPUs, else by gloo."""
     if world_size() == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
-    )
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     yield
-    dist.destroy_process_group()  # not after an error: it may wait for the others, which wait for this process
+    # Not after an error: this may wait for the others, which wait for this process.
+    dist.destroy_process_group()
 
 
 def shared(items):
-    """Every how-many-eth of a list is this process' own, beginning with its rank."""
+    """The part of a list that is this process' own: every n-th item, beginning with its rank."""
     return items[rank() :: world_size()]
 
 
 def gathered(found):
-    """The union, in every process, of what each has found: dicts of different keys, sorted by key."""
+    """The union of what the processes have found, in every process.
+
+    found: a dict; no two processes have a key in common. The result is sorted by key.
+    """
     parts = [found]
     if world_size() > 1:
         parts = [None] * world_size()
         dist.all_gather_object(parts, found)
-    return dict(sorted(item for part in parts for item in part.items()))
+    union = {}
+    for part in parts:
+        union.update(part)
+    return dict(sorted(union.items()))
 
 
 def averaged(tensor):
@@ -115,14 +131,16 @@ def seed_of(seed, step):
 
 
 def parallel(step):
-    """A module whose gradients are averaged over the processes; itself if there is but one."""
+    """A module whose gradients are averaged over the processes; itself if there is only one."""
     return DistributedDataParallel(step) if world_size() > 1 else step
 
 
-def share(words, device):
-    """How much more, or less, than the mean this process' batch counts: its words over the mean number of words. With it the mean
-    over processes of their mean losses is the mean over all words."""
+def loss_weight(num_words, device):
+    """What this process' loss is multiplied by: its number of words over the mean of all processes.
+
+    With it the mean over processes of their mean losses is the mean over all words.
+    """
     if world_size() == 1:
         return 1.0
-    own = torch.full((), float(words), device=device)  # torch.tensor would wait for the GPU
+    own = torch.full((), float(num_words), device=device)  # torch.tensor would wait for the GPU
     return (own / averaged(own)).float()

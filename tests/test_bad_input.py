@@ -516,7 +516,7 @@ PREPARED = {
     "no epoch": (whole, ["--epochs", 0], "--epochs must be at least 1, not 0"),
     "fewer than no processes": (whole, ["--workers", -1], "--workers must be at least 0, not -1"),
     "more than all dropped out": (whole, ["--dropout", 2],
-        "--dropout must be at least 0 and at most 1, not 2.0"),
+        "--dropout must be from 0 to 1, not 2.0"),
     "a learning rate that is no number": (whole, ["--decoder_lr", "nan"],
         "--decoder_lr must be at least 0, not nan"),
     "output a folder": (whole, ["--output", "raw"], "--output raw is not the name of a .pt file"),

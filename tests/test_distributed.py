@@ -1,4 +1,6 @@
-"""Two processes (gloo, on the CPU) against one: the same training to 1e-5, the same evaluation and explanations to the last bit."""
+"""Two processes (gloo, on the CPU) against one: the same training to 1e-5, and the same evaluation
+and explanations to the last bit.
+"""
 
 import json
 import os
@@ -13,14 +15,12 @@ from fixtures import prepared_scenes
 from helpers import random_captioner
 
 import distributed
-from basemodel import read_checkpoint
+from basemodel import DROPOUTS, read_checkpoint
 from commandline import UserError
 from vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_DROPOUT = [
-    f"--{name}=0" for name in ("dropout", "embed_dropout", "region_dropout", "attention_dropout")
-]
+NO_DROPOUT = [f"--{name}=0" for name in DROPOUTS]
 COMMON = ["--batch_size", 7, "--workers", 0, "--device", "cpu"]
 SMALL = ["--embed_dim", 12, "--hidden_dim", 16, "--pretrain_epochs", 0, *COMMON]
 
@@ -32,22 +32,14 @@ def folder(tmp_path_factory):
 
 def run(processes, script, *arguments, **environment):
     """Run a script of the project by so many processes; its standard output."""
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [*start, script, *map(str, arguments)],
+        [*launcher, script, *map(str, arguments)],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
     )
@@ -56,107 +48,98 @@ def run(processes, script, *arguments, **environment):
 
 
 def speaker(folder, **sizes):
-    return random_captioner(vocabulary=Vocabulary.load(folder / "vocabulary.json"), **sizes).float()
+    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    return random_captioner(vocabulary=vocabulary, **sizes).float()
 
 
-def rows(path):
+def rows_of(path):
     return [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "model_type, flags", [("gridtd", []), ("adaptive", ["--lrp_tune", "--decoder_lr", 1e-3])]
-)
-def test_two_processes_train_as_one_does(folder, tmp_path, model_type, flags):
-    arguments = [
-        "--dataset",
-        folder,
-        *(COMMON if flags else SMALL),
-        *NO_DROPOUT,
-        "--model_type",
-        model_type,
-        "--epochs",
-        2,
-        *flags,
-    ]
-    if "--lrp_tune" in flags:
-        speaker(folder, model_type=model_type).save(tmp_path / "start.pt")
-        arguments += ["--resume", tmp_path / "start.pt", "--max_iterations", 8]
-    for processes in (1, 2):
-        output = run(processes, "train.py", *arguments, "--output", tmp_path / f"{processes}.pt")
-        assert output.count("epoch 2") == 1  # only one of them talks
-    one, two = (rows(tmp_path / f"{processes}.pt") for processes in (1, 2))
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys() and first.get("words") == second.get("words")
+def assert_close_trainings(one, two):
+    """Whether two trainings have the same figures and weights, to rounding."""
+    for first, second in zip(rows_of(one), rows_of(two), strict=True):
+        assert first.keys() == second.keys()
+        assert first.get("words") == second.get("words")
         if "loss" in first:
             assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)
-    states = [
-        read_checkpoint(tmp_path / f"{processes}.last.pt")["state_dict"] for processes in (1, 2)
-    ]
-    assert all(torch.allclose(states[0][key], states[1][key], atol=1e-4) for key in states[0])
+    first = read_checkpoint(one.with_suffix(".last.pt"))["state_dict"]
+    second = read_checkpoint(two.with_suffix(".last.pt"))["state_dict"]
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], atol=1e-4), name
+
+
+def trained_by_one_and_two(folder, tmp_path, *flags):
+    """Where the captioners of one and of two processes are."""
+    paths = []
+    for processes in (1, 2):
+        paths.append(tmp_path / f"{processes}.pt")
+        flags_here = ["--dataset", folder, *NO_DROPOUT, "--epochs", 2, *flags]
+        output = run(processes, "train.py", *flags_here, "--output", paths[-1])
+        assert output.count("epoch 2") == 1  # only one of them talks
+    return paths
+
+
+def test_two_processes_train_as_one_does(folder, tmp_path):
+    paths = trained_by_one_and_two(folder, tmp_path, *SMALL, "--model_type", "gridtd")
+    assert_close_trainings(*paths)
+
+
+def test_two_processes_tune_as_one_does(folder, tmp_path):
+    start = tmp_path / "start.pt"
+    speaker(folder, model_type="adaptive").save(start)
+    flags = ["--lrp_tune", "--decoder_lr", 1e-3, "--max_iterations", 8, "--resume", start]
+    paths = trained_by_one_and_two(folder, tmp_path, *COMMON, "--model_type", "adaptive", *flags)
+    assert_close_trainings(*paths)
+
+
+def evaluated(folder, tmp_path, processes):
+    """Captions, metrics and the experiments' tables, by so many processes; written files' names."""
+    output = tmp_path / str(processes)
+    flags = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--experiment", "all"]
+    flags += ["--max_length", 8, "--workers", 0, "--methods", "lrp", "gradcam"]
+    flags += ["--metrics", "bleu", "ciderd", "object_words", "object_word_ap"]
+    flags += ["--batch_size", 10, "--output", output / "it.json"]
+    run(processes, "evaluation.py", *flags)
+    captions = json.loads((output / "it.json").read_text())
+    tables = json.loads((output / "it-all.json").read_text())["tables"]
+    names = {path.name for path in output.iterdir()}
+    return captions["captions"], captions["metrics"], tables, names
 
 
 def test_two_processes_evaluate_as_one_does(folder, tmp_path):
     speaker(folder).save(tmp_path / "it.pt")
-    arguments = ["--checkpoint", tmp_path / "it.pt", "--dataset", folder, "--experiment", "all", "--max_length", 8, "--workers", 0,
-                 "--metrics", "bleu", "ciderd", "object_words", "object_word_ap", "--methods", "lrp", "gradcam", "--batch_size", 10]  # fmt: skip
-    found = {}
-    for processes in (1, 2):
-        run(
-            processes,
-            "evaluation.py",
-            *arguments,
-            "--output",
-            tmp_path / str(processes) / "it.json",
-        )
-        captions, tables = (
-            json.loads((tmp_path / str(processes) / name).read_text())
-            for name in ("it.json", "it-all.json")
-        )
-        found[processes] = captions["captions"], captions["metrics"], tables["tables"]
-    assert (
-        found[1] == found[2]
-        and len(found[1][0]) == 36
-        and found[1][2].keys() >= {"correctness", "hallucination"}
-    )
-    names = [{path.name for path in (tmp_path / str(processes)).iterdir()} for processes in (1, 2)]
-    assert names[0] == names[1]  # nothing of a single process is left
+    one = evaluated(folder, tmp_path, 1)
+    assert one == evaluated(folder, tmp_path, 2)  # and nothing of a single process is left
+    captions, _, tables, _ = one
+    assert len(captions) == 36
+    assert tables.keys() >= {"correctness", "hallucination"}
 
 
 def test_two_processes_explain_as_one_does(folder, tmp_path):
     speaker(folder).save(tmp_path / "it.pt")
     images = sorted((folder / "test").iterdir())[:10]
+    flags = ["--checkpoint", tmp_path / "it.pt", "--max_length", 6]
     for processes in (1, 2):
-        run(
-            processes,
-            "explain.py",
-            *images,
-            "--checkpoint",
-            tmp_path / "it.pt",
-            "--max_length",
-            6,
-            "--output",
-            tmp_path / str(processes),
-        )
+        run(processes, "explain.py", *images, *flags, "--output", tmp_path / str(processes))
     for image in images:
-        one, two = (
-            np.load(tmp_path / str(processes) / f"{image.stem}-lrp.npz") for processes in (1, 2)
-        )
-        assert one.files == two.files and all(
-            np.array_equal(one[name], two[name]) for name in one.files
-        )
+        one = np.load(tmp_path / "1" / f"{image.stem}-lrp.npz")
+        two = np.load(tmp_path / "2" / f"{image.stem}-lrp.npz")
+        assert one.files == two.files
+        for name in one.files:
+            assert np.array_equal(one[name], two[name])
 
 
 def test_a_restarted_job_goes_on_where_it_was(folder, tmp_path):
-    """torchrun starts all processes anew with the same command; the second run stands for that."""
-    arguments = ["--dataset", folder, *SMALL, "--epochs", 2, "--output", tmp_path / "it.pt"]
+    """torchrun starts all processes again with the same command; the second run stands for that."""
+    output = tmp_path / "it.pt"
+    arguments = ["--dataset", folder, *SMALL, "--epochs", 2, "--output", output]
     run(1, "train.py", *arguments)
-    before = rows(tmp_path / "it.pt")
+    before = rows_of(output)
     run(1, "train.py", *arguments, TORCHELASTIC_RESTART_COUNT="1")
-    assert rows(tmp_path / "it.pt") == before  # all was done already, to the second
+    assert rows_of(output) == before  # all was done already, to the second
     run(1, "train.py", *arguments)
-    assert [row["seconds"] for row in rows(tmp_path / "it.pt")] != [
-        row["seconds"] for row in before
-    ]
+    assert [row["seconds"] for row in rows_of(output)] != [row["seconds"] for row in before]
 
 
 def test_the_parts_of_a_list_are_its_whole(monkeypatch):
@@ -169,11 +152,21 @@ def test_the_parts_of_a_list_are_its_whole(monkeypatch):
     assert parts == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the second of two on a machine with one GPU."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_more_processes_than_gpus_are_refused(second_of_two):
     with pytest.raises(UserError, match="nproc_per_node"):
         distributed.own_device()
     assert distributed.own_device("cpu").type == "cpu"
+
+
+def test_one_gpu_for_all_processes_is_refused(second_of_two):
+    with pytest.raises(UserError, match="2 processes would share the device 'cuda:0'"):
+        distributed.own_device("cuda:0")
