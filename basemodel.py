@@ -375,27 +375,17 @@ class Captioner(nn.Module):
         """
         if "beam_size" in decoding.options_of(method):
             options["beam_size"] = beam_size
-        for name, value in options.items():
-            decoding.check_option(method, name, value)
+        decoding.check_options(method, options)
         if not len(features):
             return []
         self.encoder.check_regions(features)
         longest = max_length or self.config.max_length
-        found = decoding.DECODERS[method](self.eval_view(), features, longest, **options)
+        found = decoding.decode(self.eval_view(), features, method, longest, **options)
         captions = []
         for image in found:
-            words = [self._stripped(self.vocabulary.decode(ids), strip) for ids in image]
+            words = [decoding.stripped(self.vocabulary.decode(ids), strip) for ids in image]
             captions.append(words if every else words[0])
         return captions
-
-    @staticmethod
-    def _stripped(words, names):
-        for name in names:
-            if name not in decoding.STRIP:
-                known = ", ".join(decoding.STRIP)
-                raise UserError(f"there is nothing called '{name}' to strip; choose from {known}")
-            words = decoding.STRIP[name](words)
-        return words
 
     @torch.no_grad()
     def caption(self, images, method="beam", beam_size=3, max_length=None, **options):

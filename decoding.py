@@ -1,224 +1,321 @@
-"""Turning a captioner's word probabilities into captions, for a batch of images at once.
+"""Decoding: captions from a captioner's word probabilities, for a batch of images at once.
 
-Each decoder takes a captioner, region features (B, L, D) and the longest length in words, and returns for each of the B images a list of
-captions: one, or several where it looks for several (a diverse beam one a group, sampling `num_captions`), each a list of word
-ids without `<start>` and `<end>`. A captioner offers `look(features)`, `start(memory, n)` and `next_words(words, state, memory)`;
-see captioner.py.
+A decoder takes a captioner, region features (B, L, D), the length of the longest caption in words,
+and its own options. It returns for each of the B images a list of captions: one, or several where
+it looks for several (a diverse beam search finds one a group, sampling draws `num_captions`). A
+caption is a list of token ids without `<start>` and `<end>`.
+
+Of a captioner a decoder uses its vocabulary, `image_memory(features)`, `initial_state(memory, n)`
+and `next_words(token_ids, state, memory)`; see basemodel.py. `decode` calls a decoder by its name;
+`captioned` and `decode_split` caption a whole split of a dataset.
 """
 
-import inspect
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from commandline import UserError
+import distributed
+from commandline import Flag, UserError, add_flags, check_limits
 
 BAD_ENDINGS = (
-    "with",
-    "in",
-    "on",
-    "of",
-    "a",
-    "at",
-    "to",
-    "for",
-    "an",
-    "this",
-    "his",
-    "her",
-    "that",
-    "the",
-    "and",
+    *("with", "in", "on", "of", "at", "to", "for"),
+    *("a", "an", "this", "his", "her", "that", "the", "and"),
 )
-COMPACT_BELOW = (
-    0.75  # share of images still being captioned below which the others are dropped from the batch
-)
+# Images are dropped from the batch when no more than this fraction of it is still being captioned.
+COMPACT_BELOW = 0.75
 
 
 @torch.no_grad()
-def beam_search(captioner, features, max_length=20, beam_size=3, length_normalisation=0.0):
-    """Beam search by total log-probability, as the paper decodes (3 beams, no length normalisation).
+def beam_search(captioner, features, max_length, beam_size, length_normalisation):
+    """Beam search by total log-probability; the paper has 3 beams and no length normalisation (0).
 
-    A hypothesis that says `<end>` is set aside and its image goes on with one beam fewer. An image is done when no live
-    hypothesis can still beat its best finished one. Without a finished one the best of `max_length` words is returned.
-    length_normalisation: a finished hypothesis of n words, `<end>` included, is ranked by log-probability / n ** this.
+    A hypothesis that says `<end>` is set aside and its image goes on with one beam fewer. An image
+    is done when no live hypothesis can still beat its best finished one. If none has finished, the
+    best one of `max_length` words is returned.
+
+    length_normalisation: a finished hypothesis of n words, `<end>` included, is ranked by
+    log-probability / n ** length_normalisation.
     """
     return diverse_beam_search(
-        captioner, features, max_length, beam_size, 1, 0.0, length_normalisation
+        captioner,
+        features,
+        max_length,
+        beam_size,
+        groups=1,
+        diversity=0.0,
+        length_normalisation=length_normalisation,
     )
 
 
 @torch.no_grad()
 def diverse_beam_search(
-    captioner, features, max_length=20, beam_size=3, groups=3, diversity=0.5, length_normalisation=0.0
-):  # fmt: skip
-    """Diverse beam search (Vijayakumar et al. 2016) with Hamming diversity: one caption a group, the best group's first.
+    captioner, features, max_length, beam_size, groups, diversity, length_normalisation
+):
+    """Diverse beam search (Vijayakumar et al. 2016) with Hamming diversity.
 
-    Each group is a beam search of `beam_size` beams. At every step the groups choose one after another, and a word counts
-    `diversity` less for each beam of an earlier group that has chosen it at this very step. As in the authors' code what it lost stays
-    lost, so captions are ranked by their log-probability less all of that.
+    Returns one caption for each group, the best group's first. Each group is a beam search of
+    `beam_size` beams. At every step the groups choose one after another, and a word loses
+    `diversity` for each beam of an earlier group that has chosen it at this very step. As in the
+    authors' code a hypothesis never regains what it lost, so captions are ranked by their
+    log-probability less all of these penalties.
     """
-    batch, device, end = len(features), features.device, captioner.vocabulary.end
-    memory = captioner.image_memory(features)
-    state = captioner.initial_state(memory, groups)
-    scores = torch.zeros(
-        batch, groups, 1, device=device
-    )  # one empty hypothesis; its `beam_size` best successors become the beams
-    words = torch.full((batch, groups), captioner.vocabulary.start, device=device)
-    sequences = words.new_empty(*words.shape, 0)
-    live = words.new_full((batch, groups, 1), beam_size)
-    best, best_scores = (
-        words.new_full((batch, groups, max_length), end),
-        scores.new_full((batch, groups), -torch.inf),
-    )
-    images = torch.arange(batch, device=device)  # those in the batch still
+    beams = _Beams.at_start(captioner, features, beam_size, groups)
+    finished = _BestCaptions(beams, max_length, captioner.vocabulary.end)
     for length in range(1, max_length + 1):
-        log_probabilities, state = captioner.next_words(words, state, memory)
-        scores, parents, words = _best_successors(
-            scores, log_probabilities, live, beam_size, diversity
-        )
-        state = of_rows(state, torch.arange(len(parents), device=device).unsqueeze(1), parents)
-        sequences = torch.cat([reorder(sequences, parents), words.unsqueeze(-1)], dim=-1)
-        ended = (words == end).view_as(scores) & scores.isfinite()
+        beams.extend(captioner, beam_size, diversity)
+        ended = beams.ended(captioner.vocabulary.end)
         if ended.any():
-            ranks = (scores * length**-length_normalisation).masked_fill(~ended, -torch.inf)
-            _set_aside(best, best_scores, images, sequences, ranks)
-            live, scores = live - ended.sum(-1, keepdim=True), scores.masked_fill(ended, -torch.inf)
-        attainable = scores.amax(-1) * max_length**-length_normalisation
-        going = (best_scores[images] < attainable).any(1)
+            ranks = beams.scores * length**-length_normalisation
+            finished.keep(beams, ranks.masked_fill(~ended, -torch.inf))
+            beams.retire(ended)
+        attainable = beams.scores.amax(-1) * max_length**-length_normalisation  # (B, G)
+        going = (finished.scores[beams.images] < attainable).any(1)
         remaining = going.sum()
         if not remaining:
             break
         if remaining <= COMPACT_BELOW * len(going):
-            images, words, sequences, scores, live = (
-                part[going] for part in (images, words, sequences, scores, live)
-            )
-            memory, state = memory.of_images(going), of_rows(state, going)
-    unfinished = best_scores[images].isinf().unsqueeze(-1)
-    _set_aside(best, best_scores, images, sequences, scores.masked_fill(~unfinished, -torch.inf))
-    best = reorder(best, best_scores.argsort(dim=1, descending=True))
-    return [[_until(ids, end) for ids in captions] for captions in best.tolist()]
+            beams.keep_images(going)
+    unfinished = finished.scores[beams.images].isinf().unsqueeze(-1)
+    finished.keep(beams, beams.scores.masked_fill(~unfinished, -torch.inf))
+    return finished.captions()
+
+
+@dataclass
+class _Beams:
+    """The hypotheses of B images: G groups of K beams each.
+
+    images      (B,) the rows of these images in the batch that was given
+    scores      (B, G, K) log-probability less the penalties for what earlier groups chose; -inf
+                where there is no hypothesis
+    sequences   (B, G*K, T) the T token ids that each hypothesis has said
+    token_ids   (B, G*K) the last of them, at first `<start>`
+    live        (B, G, 1) the number of beams that a group goes on with
+    memory      the captioner's, of these images
+    state       the captioner's, of these hypotheses
+    """
+
+    images: torch.Tensor
+    scores: torch.Tensor
+    sequences: torch.Tensor
+    token_ids: torch.Tensor
+    live: torch.Tensor
+    memory: object
+    state: tuple
+
+    @classmethod
+    def at_start(cls, captioner, features, beam_size, groups):
+        """One empty hypothesis for each group; its best successors become the beams."""
+        batch = len(features)
+        device = features.device
+        memory = captioner.image_memory(features)
+        token_ids = torch.full((batch, groups), captioner.vocabulary.start, device=device)
+        return cls(
+            images=torch.arange(batch, device=device),
+            scores=torch.zeros(batch, groups, 1, device=device),
+            sequences=token_ids.new_empty(batch, groups, 0),
+            token_ids=token_ids,
+            live=token_ids.new_full((batch, groups, 1), beam_size),
+            memory=memory,
+            state=captioner.initial_state(memory, groups),
+        )
+
+    def extend(self, captioner, beam_size, diversity):
+        """Replace the hypotheses of each group by the best that are one word longer."""
+        log_probabilities, state = captioner.next_words(self.token_ids, self.state, self.memory)
+        self.scores, parents, self.token_ids = _best_successors(
+            self.scores, log_probabilities, self.live, beam_size, diversity
+        )
+        images = torch.arange(len(parents), device=parents.device).unsqueeze(1)
+        self.state = of_rows(state, images, parents)
+        said = reorder(self.sequences, parents)
+        self.sequences = torch.cat([said, self.token_ids.unsqueeze(-1)], dim=-1)
+
+    def ended(self, end):
+        """Which hypotheses have just said `<end>`: bool (B, G, K)."""
+        # (B, G*K) -> (B, G, K)
+        return (self.token_ids == end).view_as(self.scores) & self.scores.isfinite()
+
+    def retire(self, ended):
+        """Go on without the hypotheses that have ended, and with as many beams fewer."""
+        self.live = self.live - ended.sum(-1, keepdim=True)
+        self.scores = self.scores.masked_fill(ended, -torch.inf)
+
+    def keep_images(self, going):
+        """Go on without the images that are done; going: bool (B,)."""
+        self.images = self.images[going]
+        self.scores = self.scores[going]
+        self.sequences = self.sequences[going]
+        self.token_ids = self.token_ids[going]
+        self.live = self.live[going]
+        self.memory = self.memory.of_images(going)
+        self.state = of_rows(self.state, going)
 
 
 def _best_successors(scores, log_probabilities, live, beam_size, diversity):
-    """scores (B, G, K) of the hypotheses and log-probabilities (B, G*K, V) of their next words -> the `beam_size` best of each
-    group: scores (B, G, beam_size), -inf beyond its `live` (B, G, 1), and parents and words (B, G*beam_size)."""
+    """The `beam_size` best continuations of each group.
+
+    scores (B, G, K) of the hypotheses, log_probabilities (B, G*K, V) of their next words, live
+    (B, G, 1) beams of each group -> scores (B, G, beam_size), -inf beyond the group's live beams,
+    and the continued hypotheses and their new token ids, (B, G*beam_size) each.
+    """
     batch, groups, beams = scores.shape
     vocabulary = log_probabilities.shape[-1]
-    totals = (scores.to(log_probabilities).flatten(1).unsqueeze(-1) + log_probabilities).view(
-        batch, groups, -1
-    )
-    taken = totals.new_zeros(
-        batch, vocabulary
-    )  # how often earlier groups have chosen a word at this step
+    # (B, G, K) -> (B, G*K, 1)
+    totals = scores.to(log_probabilities).flatten(1).unsqueeze(-1) + log_probabilities
+    totals = totals.view(batch, groups, -1)  # (B, G*K, V) -> (B, G, K*V)
+    taken = totals.new_zeros(batch, vocabulary)  # how many beams have chosen a word at this step
     chosen = []
     for group in range(groups):
-        penalty = (diversity * taken).repeat(1, beams) if group else 0
-        values, index = (totals[:, group] - penalty).topk(min(beam_size, totals.shape[-1]))
-        missing = (
-            0,
-            beam_size - values.shape[-1],
-        )  # a small vocabulary has not that many words to begin with
-        values, index = F.pad(values, missing, value=-torch.inf), F.pad(index, missing)
-        values = values.masked_fill(
-            torch.arange(beam_size, device=live.device) >= live[:, group], -torch.inf
-        )
-        words = index % vocabulary
+        candidates = totals[:, group]  # (B, K*V)
+        if group > 0:
+            candidates = candidates - (diversity * taken).repeat(1, beams)
+        values, index = _largest(candidates, beam_size)
+        beam = torch.arange(beam_size, device=live.device)
+        values = values.masked_fill(beam >= live[:, group], -torch.inf)
+        token_ids = index % vocabulary
+        parents = index // vocabulary + group * beams
+        chosen.append((values, parents, token_ids))
         if group < groups - 1:
-            taken.scatter_add_(1, words, values.isfinite().to(taken))
-        chosen.append((values, index // vocabulary + group * beams, words))
-    values, parents, words = zip(*chosen)
-    return torch.stack(values, dim=1), torch.cat(parents, dim=1), torch.cat(words, dim=1)
+            taken.scatter_add_(1, token_ids, values.isfinite().to(taken))
+    values, parents, token_ids = zip(*chosen)
+    return torch.stack(values, dim=1), torch.cat(parents, dim=1), torch.cat(token_ids, dim=1)
 
 
-def _set_aside(best, best_scores, images, sequences, candidates):
-    """Where a group's best candidate (B, G, K; -inf = none) beats its best so far, remember its sequence and score."""
-    values, beams = candidates.max(dim=-1)
-    rows, groups = (values > best_scores[images]).nonzero(as_tuple=True)
-    best_scores[images[rows], groups] = values[rows, groups].to(best_scores)
-    beams = beams[rows, groups] + groups * candidates.shape[-1]
-    best[images[rows], groups, : sequences.shape[-1]] = sequences[rows, beams]
+def _largest(candidates, count):
+    """The `count` largest of candidates (B, C), and where they are: (B, count) each.
+
+    A small vocabulary has fewer candidates to begin with; the rest is then -inf.
+    """
+    values, index = candidates.topk(min(count, candidates.shape[-1]))
+    missing = (0, count - values.shape[-1])
+    return F.pad(values, missing, value=-torch.inf), F.pad(index, missing)
+
+
+class _BestCaptions:
+    """The best caption so far of each group of each image: sequences (B, G, T), scores (B, G)."""
+
+    def __init__(self, beams, max_length, end):
+        self.end = end
+        self.scores = beams.scores.new_full(beams.token_ids.shape, -torch.inf)
+        self.sequences = beams.token_ids.new_full((*beams.token_ids.shape, max_length), end)
+
+    def keep(self, beams, ranks):
+        """Remember a group's hypothesis of the highest rank where it beats the best one so far.
+
+        ranks: (B, G, K), -inf for a hypothesis that does not take part.
+        """
+        values, best = ranks.max(dim=-1)  # (B, G)
+        rows, groups = (values > self.scores[beams.images]).nonzero(as_tuple=True)
+        images = beams.images[rows]
+        self.scores[images, groups] = values[rows, groups].to(self.scores)
+        best = best[rows, groups] + groups * ranks.shape[-1]
+        length = beams.sequences.shape[-1]
+        self.sequences[images, groups, :length] = beams.sequences[rows, best]
+
+    def captions(self):
+        """For each image the captions of its groups, lists of token ids, the best group's first."""
+        order = self.scores.argsort(dim=1, descending=True)
+        return _up_to_end(reorder(self.sequences, order), self.end)
 
 
 @torch.no_grad()
-def say(captioner, features, max_length, num_captions, choose):
-    """Say `num_captions` captions of every image word by word: `choose` maps log-probabilities (B, N, V) to words (B, N)."""
-    batch, end = len(features), captioner.vocabulary.end
+def generate(captioner, features, max_length, num_captions, choose):
+    """Say `num_captions` captions of every image, word by word.
+
+    choose: a function of log-probabilities (B, N, V) that returns the next token ids (B, N).
+    """
+    end = captioner.vocabulary.end
     memory = captioner.image_memory(features)
     state = captioner.initial_state(memory, num_captions)
-    words = torch.full((batch, num_captions), captioner.vocabulary.start, device=features.device)
-    ended, images = (
-        torch.zeros_like(words, dtype=torch.bool),
-        torch.arange(batch, device=features.device),
-    )
-    said = words.new_full((batch, num_captions, max_length), end)
+    shape = (len(features), num_captions)
+    token_ids = torch.full(shape, captioner.vocabulary.start, device=features.device)
+    # The rows, in the batch that was given, of the images that are still in it.
+    images = torch.arange(len(features), device=features.device)
+    ended = torch.zeros_like(token_ids, dtype=torch.bool)
+    said = token_ids.new_full((*shape, max_length), end)
     for position in range(max_length):
-        log_probabilities, state = captioner.next_words(words, state, memory)
-        words = choose(log_probabilities)
-        said[images, :, position] = words
-        ended |= words == end
+        log_probabilities, state = captioner.next_words(token_ids, state, memory)
+        token_ids = choose(log_probabilities)
+        said[images, :, position] = token_ids
+        ended |= token_ids == end
         going = ~ended.all(1)
         remaining = going.sum()
         if not remaining:
             break
         if remaining <= COMPACT_BELOW * len(going):
-            images, words, ended = images[going], words[going], ended[going]
-            memory, state = memory.of_images(going), of_rows(state, going)
-    return [[_until(ids, end) for ids in captions] for captions in said.tolist()]
+            images = images[going]
+            token_ids = token_ids[going]
+            ended = ended[going]
+            memory = memory.of_images(going)
+            state = of_rows(state, going)
+    return _up_to_end(said, end)
 
 
-def greedy(captioner, features, max_length=20):
+def greedy(captioner, features, max_length):
     """The likeliest next word at every step, until `<end>` or `max_length` words."""
-    return say(
-        captioner, features, max_length, 1, lambda log_probabilities: log_probabilities.argmax(-1)
-    )
+    return generate(captioner, features, max_length, 1, likeliest)
 
 
-def multinomial(captioner, features, max_length=20, num_captions=1, temperature=1.0):
+def multinomial(captioner, features, max_length, num_captions, temperature):
     """Words drawn from p ** (1 / temperature), renormalised."""
-    return say(captioner, features, max_length, num_captions, lambda logp: draw(logp / temperature))
+
+    def choose(log_probabilities):
+        return draw(log_probabilities / temperature)
+
+    return generate(captioner, features, max_length, num_captions, choose)
 
 
-def gumbel(captioner, features, max_length=20, num_captions=1, temperature=1.0):
-    """As `multinomial`, by the likeliest word under Gumbel noise: argmax of log p / temperature + noise."""
+def gumbel(captioner, features, max_length, num_captions, temperature):
+    """As `multinomial`, by the likeliest word under Gumbel noise: log p / temperature + noise."""
 
     def choose(log_probabilities):
         noise = -torch.empty_like(log_probabilities).exponential_().log()
-        return (log_probabilities / temperature + noise).argmax(-1)
+        return likeliest(log_probabilities / temperature + noise)
 
-    return say(captioner, features, max_length, num_captions, choose)
+    return generate(captioner, features, max_length, num_captions, choose)
 
 
-def top_k(captioner, features, max_length=20, num_captions=1, temperature=1.0, top_k=10):
+def top_k(captioner, features, max_length, num_captions, temperature, top_k):
     """Words drawn from the `top_k` likeliest (Fan et al. 2018)."""
-    return say(
-        captioner,
-        features,
-        max_length,
-        num_captions,
-        lambda logp: draw(keep_top_k(logp / temperature, top_k)),
-    )
+
+    def choose(log_probabilities):
+        return draw(keep_top_k(log_probabilities / temperature, top_k))
+
+    return generate(captioner, features, max_length, num_captions, choose)
 
 
-def nucleus(captioner, features, max_length=20, num_captions=1, temperature=1.0, top_p=0.9):
-    """Words drawn from the fewest likeliest ones that together have the probability `top_p` (Holtzman et al. 2020)."""
-    return say(
-        captioner,
-        features,
-        max_length,
-        num_captions,
-        lambda logp: draw(keep_nucleus(logp / temperature, top_p)),
-    )
+def nucleus(captioner, features, max_length, num_captions, temperature, top_p):
+    """Words drawn from the nucleus (Holtzman et al. 2020).
+
+    These are the likeliest words, as few as together have the probability `top_p`.
+    """
+
+    def choose(log_probabilities):
+        return draw(keep_nucleus(log_probabilities / temperature, top_p))
+
+    return generate(captioner, features, max_length, num_captions, choose)
+
+
+def likeliest(logits):
+    """The token ids (B, N) of the largest of logits (B, N, V)."""
+    return logits.argmax(-1)
 
 
 def draw(logits):
-    """Words (B, N) drawn from the softmax of logits (B, N, V). UserError if they are not numbers: a training has diverged."""
-    probabilities = logits.softmax(-1).flatten(0, 1)
+    """Token ids (B, N) drawn from the softmax of logits (B, N, V).
+
+    UserError if the logits are not numbers, which is so after a training that diverged.
+    """
+    probabilities = logits.softmax(-1).flatten(0, 1)  # (B, N, V) -> (B*N, V)
     if probabilities.isnan().any():
         raise UserError(
-            "the captioner's probabilities are not numbers; the last checkpoint is whole; try a lower --decoder_lr"
+            "the captioner's probabilities are not numbers, so its training has diverged; "
+            "go on from the last checkpoint with a lower learning rate (decoder_lr)"
         )
-    return torch.multinomial(probabilities, 1).view(logits.shape[:-1])
+    return torch.multinomial(probabilities, 1).view(logits.shape[:-1])  # (B*N, 1) -> (B, N)
 
 
 def keep_top_k(logits, k):
@@ -228,19 +325,22 @@ def keep_top_k(logits, k):
 
 
 def keep_nucleus(logits, p):
-    """logits (..., V) with -inf outside of the nucleus: the shortest prefix of the words by falling probability whose mass
-    reaches p; the first word is always in it."""
+    """logits (..., V) with -inf outside of the nucleus.
+
+    The nucleus is the shortest prefix of the words, in order of falling probability, whose total
+    probability reaches p. The first word is always in it.
+    """
     values, index = logits.sort(dim=-1, descending=True)
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    return torch.full_like(logits, -torch.inf).scatter(
-        -1, index, values.masked_fill(before >= p, -torch.inf)
-    )
+    kept = values.masked_fill(before >= p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
 
 
 def reorder(sequences, index):
     """sequences (..., K, T) with the second last dimension picked by index (..., K)."""
-    return sequences.gather(-2, index.unsqueeze(-1).expand(*index.shape, sequences.shape[-1]))
+    index = index.unsqueeze(-1).expand(*index.shape, sequences.shape[-1])  # (..., K) -> (..., K, T)
+    return sequences.gather(-2, index)
 
 
 def of_rows(state, *index):
@@ -248,8 +348,20 @@ def of_rows(state, *index):
     return tuple(part[index] for part in state)
 
 
+def _up_to_end(sequences, end):
+    """Sequences (B, N, T) -> B lists of N lists of the token ids before the first `<end>`."""
+    return [[_before(ids, end) for ids in captions] for captions in sequences.tolist()]
+
+
+def _before(token_ids, end):
+    return token_ids[: token_ids.index(end)] if end in token_ids else token_ids
+
+
 def strip_bad_endings(words):
-    """The words without a preposition, article or "and" at their end; unchanged if nothing else would be left."""
+    """The words without prepositions, articles and "and" at their end.
+
+    They are unchanged if nothing else would be left.
+    """
     stripped = list(words)
     while stripped and stripped[-1] in BAD_ENDINGS:
         stripped.pop()
@@ -258,11 +370,11 @@ def strip_bad_endings(words):
 
 def strip_repeats(words):
     """The words without those that only repeat the word before them."""
-    return [word for index, word in enumerate(words) if index == 0 or word != words[index - 1]]
-
-
-def _until(ids, end):
-    return ids[: ids.index(end)] if end in ids else ids
+    stripped = []
+    for word in words:
+        if not stripped or word != stripped[-1]:
+            stripped.append(word)
+    return stripped
 
 
 DECODERS = {
@@ -274,88 +386,198 @@ DECODERS = {
     "top_k": top_k,
     "nucleus": nucleus,
 }
-STRIP = {
-    "repeats": strip_repeats,
-    "bad_endings": strip_bad_endings,
-}  # what may be removed from a finished caption
-OPTIONS = {  # of the decoders that take them: type, least and largest value, help
-    "beam_size": (int, 1, 10**6, "beams, of each group"),
-    "groups": (int, 1, 10**6, "groups of a diverse beam"),
-    "diversity": (
-        float,
-        0,
-        10**6,
+# What may be removed from a finished caption.
+STRIP = {"repeats": strip_repeats, "bad_endings": strip_bad_endings}
+
+BEAMS = ("beam", "diverse_beam")
+SAMPLING = ("multinomial", "gumbel", "top_k", "nucleus")
+_OPTIONS = [
+    Flag("beam_size", "beams, of each group", default=3, limits=(1, 10**6), modes=BEAMS),
+    Flag(
+        "groups",
+        "groups of a diverse beam",
+        default=3,
+        limits=(1, 10**6),
+        modes=("diverse_beam",),
+    ),
+    Flag(
+        "diversity",
         "what a word loses for each beam of an earlier group that chose it at the same step",
+        default=0.5,
+        limits=(0, 10**6),
+        modes=("diverse_beam",),
     ),
-    "length_normalisation": (
-        float,
-        0,
-        100,
+    Flag(
+        "length_normalisation",
         "rank finished beams of n words by log-probability / n ** this",
+        default=0.0,
+        limits=(0, 100),
+        modes=BEAMS,
     ),
-    "num_captions": (int, 1, 10**6, "captions drawn for an image; the first is used"),
-    "temperature": (float, 0.001, 10**6, "divides log-probabilities before a word is drawn"),
-    "top_k": (int, 1, 10**6, "likeliest words to draw from"),
-    "top_p": (float, 0.001, 1, "probability of the likeliest words to draw from"),
-}
+    Flag(
+        "num_captions",
+        "captions drawn for an image; the first is used",
+        default=1,
+        limits=(1, 10**6),
+        modes=SAMPLING,
+    ),
+    Flag(
+        "temperature",
+        "divides log-probabilities before a word is drawn",
+        default=1.0,
+        limits=(0.001, 10**6),
+        modes=SAMPLING,
+    ),
+    Flag("top_k", "likeliest words to draw from", default=10, limits=(1, 10**6), modes=("top_k",)),
+    Flag(
+        "top_p",
+        "probability of the likeliest words to draw from",
+        default=0.9,
+        limits=(0.001, 1),
+        modes=("nucleus",),
+    ),
+]
+# The options of the decoders by name, each with its default; `modes` are the decoders that take it.
+OPTIONS = {option.name: option for option in _OPTIONS}
+
+
+def decode(captioner, features, method, max_length, **options):
+    """Region features (B, L, D) -> for each of B images a list of captions, lists of token ids.
+
+    method: a name in DECODERS; max_length: words; options: of OPTIONS, each with a default there.
+    Raises UserError for an unknown method, and for an option that the method does not have or
+    whose value makes no sense.
+    """
+    check_options(method, options)
+    defaults = {name: option.default for name, option in options_of(method).items()}
+    return DECODERS[method](captioner, features, max_length, **{**defaults, **options})
 
 
 def options_of(method):
-    """{option: its default} of a decoder. UserError if there is no such decoder."""
+    """{name: row of OPTIONS} of a decoding method. UserError if there is no such method."""
     if method not in DECODERS:
         raise UserError(f"there is no decoding '{method}'; choose from {', '.join(DECODERS)}")
-    parameters = inspect.signature(DECODERS[method]).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name in OPTIONS}
+    return {name: option for name, option in OPTIONS.items() if method in option.modes}
 
 
-def check_option(method, name, value):
-    """UserError unless the decoder has this option and the value makes sense."""
-    if name not in options_of(method):
-        takers = [decoder for decoder in DECODERS if name in options_of(decoder)]
-        raise UserError(
-            f"--{name} does not go with --decoding {method}; it is for {', '.join(takers) or 'no decoding'}"
+def check_options(method, options):
+    """Raise a UserError unless a decoding method takes these options. options: {name: value}."""
+    own = options_of(method)
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise UserError(
+                f"there is no option '{name}' of decoding; there are {', '.join(OPTIONS)}"
+            )
+        if name not in own:
+            raise UserError(
+                f"the decoding method '{method}' has no option '{name}'; "
+                f"that is an option of {', '.join(OPTIONS[name].modes)}"
+            )
+        least, greatest = own[name].limits
+        if not least <= value <= greatest:
+            raise UserError(f"{name} must be from {least} to {greatest}, not {value}")
+
+
+def stripped(words, names):
+    """A caption's words without what the functions of STRIP that are named here remove, in turn.
+
+    UserError if there is no such function.
+    """
+    for name in names:
+        if name not in STRIP:
+            known = ", ".join(STRIP)
+            raise UserError(f"there is nothing called '{name}' to strip; choose from {known}")
+        words = STRIP[name](words)
+    return words
+
+
+def captioned(captioner, dataset, batch_size=64, workers=2, **decoding):
+    """Caption the images of a CaptionDataset, of pixels or cached features, that this process has.
+
+    decoding: what `captioner.decode` takes besides the features. Yields for each batch the
+    images' indices, their features (B, L, D) and their captions as `captioner.decode` returns them.
+    """
+    batches = distributed.shared(torch.arange(len(dataset)).split(batch_size))
+    sampler = [batch.tolist() for batch in batches]
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
+    description = f"captioning {dataset.split}"
+    hidden = not distributed.is_main()
+    for inputs, _, indices in tqdm(loader, desc=description, leave=False, disable=hidden):
+        if dataset.features:
+            features = inputs.to(captioner.device).float()
+        else:
+            features = captioner.encode(inputs)
+        yield indices.tolist(), features, captioner.decode(features, **decoding)
+
+
+def decode_split(captioner, dataset, batch_size=64, workers=2, **decoding):
+    """Caption a whole CaptionDataset as `captioned` does, by all processes together.
+
+    Returns {index: caption}, in every process.
+    """
+    found = {}
+    for indices, _, captions in captioned(captioner, dataset, batch_size, workers, **decoding):
+        found.update(zip(indices, captions))
+    return distributed.gathered(found)
+
+
+def decoding_flags(max_length=None):
+    """The table of a command's flags of how to caption.
+
+    max_length: the default; None means the captioner's own. Only what a user gives of OPTIONS is
+    passed on, so these flags have no value of their own.
+    """
+    flags = [
+        Flag("decoding", "how to caption", default="beam", choices=tuple(DECODERS)),
+        Flag(
+            "max_length",
+            "words of the longest caption",
+            default=max_length,
+            type=int,
+            limits=(1, 1000),
+            shown="the captioner's own" if max_length is None else None,
+        ),
+    ]
+    for option in OPTIONS.values():
+        flags.append(
+            replace(
+                option,
+                help=f"{option.help}, for {' or '.join(option.modes)}",
+                default=None,
+                type=type(option.default),
+                shown=option.default,
+                modes=(),
+            )
         )
-    _, least, most, _ = OPTIONS[name]
-    if not least <= value <= most:
-        raise UserError(f"--{name} must be from {least} to {most}, not {value}")
+    flags.append(
+        Flag(
+            "strip",
+            "drop repeated words, or prepositions and articles at the end",
+            choices=tuple(STRIP),
+            nargs="+",
+            shown="nothing",
+        )
+    )
+    return flags
 
 
 def add_decoding_flags(parser, max_length=None):
-    """Give an argparse parser the flags of how to caption: --decoding, --max_length and what the decoders take. max_length: the
-    default; None means the captioner's own."""
-    group = parser.add_argument_group("decoding")
-    group.add_argument(
-        "--decoding", choices=DECODERS, default="beam", help="how to caption (default: %(default)s)"
-    )
-    shown = "the captioner's own" if max_length is None else max_length
-    group.add_argument(
-        "--max_length",
-        type=int,
-        default=max_length,
-        help=f"words of the longest caption (default: {shown})",
-    )
-    for name, (kind, *_, text) in OPTIONS.items():
-        takers = {
-            method: options_of(method)[name] for method in DECODERS if name in options_of(method)
-        }
-        default = next(iter(takers.values()))
-        group.add_argument(
-            f"--{name}", type=kind, help=f"{text} ({', '.join(takers)}; default: {default})"
-        )
-    group.add_argument(
-        "--strip",
-        nargs="+",
-        choices=STRIP,
-        help="drop repeated words, or prepositions and articles at the end",
-    )
+    """Give an argparse parser a group of the flags of `decoding_flags`."""
+    add_flags(parser.add_argument_group("decoding"), decoding_flags(max_length))
 
 
 def decoding_options(args):
-    """What a captioner's `caption` and `decode` take, from the flags of `add_decoding_flags`; only those that were given."""
-    names = ("max_length", "strip", *OPTIONS)
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name in given.keys() & OPTIONS.keys():
-        check_option(args.decoding, name, given[name])
-    if args.max_length is not None and not 1 <= args.max_length <= 1000:
-        raise UserError("--max_length must be from 1 to 1000")
+    """What a captioner's `caption` and `decode` take, of the flags of `add_decoding_flags`.
+
+    It holds what the user gave. UserError for an option that the method does not have, or a value
+    that makes no sense.
+    """
+    values = vars(args)
+    given = {}
+    for name in ("max_length", "strip", *OPTIONS):
+        if values[name] is not None:
+            given[name] = values[name]
+    options = {name: value for name, value in given.items() if name in OPTIONS}
+    check_limits({"max_length": args.max_length, **options}, decoding_flags())
+    check_options(args.decoding, options)
     return {"method": args.decoding, **given}

@@ -38,7 +38,7 @@ from commandline import (
     write_atomically,
     write_json,
 )  # fmt: skip
-from decoding import OPTIONS, add_decoding_flags, decoding_options
+from decoding import OPTIONS, add_decoding_flags, captioned, decoding_options
 from experiments import SUMMARIES, THRESHOLDS, Examiner
 from images import image_transform
 from pycocoevalcap.chair.chair import object_phrases
@@ -46,34 +46,6 @@ from readers.coco import coco_categories, read_coco_json
 from vocabulary import padded
 
 EXAMINED_AT_ONCE = 16  # images
-
-
-def captioned(captioner, dataset, batch_size=64, workers=2, **decoding):
-    """Caption every image of a CaptionDataset (of images or of cached features), or those of this process; yields (indices,
-    features (B, L, D), captions as `captioner.decode` returns them)."""
-    batches = distributed.shared(torch.arange(len(dataset)).split(batch_size))
-    loader = DataLoader(
-        dataset, batch_sampler=[batch.tolist() for batch in batches], num_workers=workers
-    )
-    for inputs, _, indices in tqdm(
-        loader, desc=f"captioning {dataset.split}", leave=False, disable=not distributed.is_main()
-    ):
-        features = (
-            inputs.to(captioner.device).float() if dataset.features else captioner.encode(inputs)
-        )
-        yield indices.tolist(), features, captioner.decode(features, **decoding)
-
-
-def decode_split(captioner, dataset, batch_size=64, workers=2, **decoding):
-    """As `captioned` -> {index: list of words}, of all processes."""
-    batches = captioned(captioner, dataset, batch_size, workers, **decoding)
-    return distributed.gathered(
-        {
-            index: words
-            for indices, _, captions in batches
-            for index, words in zip(indices, captions)
-        }
-    )
 
 
 @torch.no_grad()

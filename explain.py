@@ -1,33 +1,30 @@
-"""Explain every word of an image's caption: which pixels and which preceding words spoke for it, and which against.
+"""Explain each word of an image's caption: which pixels and words spoke for it, and which against.
 
     python explain.py photo.jpg
     python explain.py a.jpg b.jpg --checkpoint checkpoints/flickr8k-gridtd.pt --output explanations
-    python explain.py photo.jpg --caption "a dog on the grass"          # explain this caption instead of the captioner's own
+    python explain.py photo.jpg --caption "a dog on the grass"      # not the captioner's own
 
-    python explain.py photo.jpg --method lrp gradcam attention          # and lay several methods side by side
-    torchrun --nproc_per_node=4 explain.py *.jpg                        # the images shared by 4 processes
+    python explain.py photo.jpg --method lrp gradcam attention      # several methods side by side
+    torchrun --nproc_per_node=4 explain.py *.jpg                    # 4 processes share the images
 
-For each image and method it writes NAME-METHOD.png (a figure), .npz (the relevance maps, not normalised) and .json; for
-several methods also NAME-methods.png.
+For each image and method it writes NAME-METHOD.png (a figure), NAME-METHOD.npz (the relevance maps,
+not normalised) and NAME-METHOD.json; for several methods also NAME-methods.png.
 """
 
-import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from torchvision.transforms.v2.functional import gaussian_blur
 
 import distributed
 from captiondata import load_regions
 from captioner import METHODS, load_captioner
 from commandline import (
     CommandLine,
+    Flag,
     UserError,
     add_common_flags,
+    add_flags,
     extended,
     provenance,
     run,
@@ -36,319 +33,211 @@ from commandline import (
     write_json,
 )
 from decoding import add_decoding_flags, decoding_options
+from explanation import method_for
 from images import image_transform, load_image
+from plots import comparison_figure, explanation_figure, paint_boxes, save_figure
 from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
-COLUMNS = 5  # panels in a row of the figure
-PANEL, TITLE, LABEL, WORD_LINE = (
-    2.3,
-    0.45,
-    0.3,
-    0.24,
-)  # inches: a panel's side, the caption, a panel's title, a line of words
-CLIP_PERCENTILE = (
-    99.8  # in the figure, a pixel of this percentile of |relevance| has the full colour
-)
-BLUR = 0.012  # in the figure, a Gaussian of this share of the width joins single pixels into shapes
-COLOURS = matplotlib.colormaps["seismic"]  # blue against, white zero, red for
-
-
-def heat_map(relevance):
-    """Signed relevance (H, W) -> RGB (H, W, 3) in 0..1: white at zero, red for, blue against; all white if all zero."""
-    sigma = BLUR * relevance.shape[1]
-    reach = [min(math.ceil(3 * sigma), side - 1) for side in relevance.shape[::-1]]
-    smooth = gaussian_blur(
-        torch.from_numpy(relevance)[None], [2 * pixels + 1 for pixels in reach], sigma
-    )[0].numpy()
-    scale = np.percentile(np.abs(smooth), CLIP_PERCENTILE)
-    return COLOURS(
-        0.5 + 0.5 * np.clip(smooth / scale, -1, 1) if scale > 0 else np.full_like(smooth, 0.5)
-    )[..., :3]
-
-
-def overlay(image, relevance):
-    """The heat map laid over a pale grey version of a PIL image of any size -> RGB (H, W, 3) in 0..1."""
-    height, width = relevance.shape
-    grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32) / 255
-    return heat_map(relevance) * (0.55 + 0.45 * grey[..., None])
-
-
-def draw_words(axes, words, relevance):
-    """Preceding words as a line of text that wraps, each on a background coloured by its relevance (any unit)."""
-    scale = np.abs(relevance).max() or 1.0
-    renderer, inverse = axes.figure.canvas.get_renderer(), axes.transAxes.inverted()
-    x, y = 0.02, 1.0
-    for word, value in zip(words, relevance):
-        box = {
-            "facecolor": COLOURS(0.5 + 0.3 * value / scale),
-            "edgecolor": "none",
-            "boxstyle": "round,pad=0.2",
-        }
-        ink = "white" if value < -0.5 * scale else "black"
-        text = axes.text(x, y, word, color=ink, fontsize=9, va="top", bbox=box)
-        extent = text.get_window_extent(renderer).transformed(inverse)
-        if extent.x1 > 1 and x > 0.02:
-            x, y = 0.02, y - WORD_LINE / axes.get_window_extent().height * axes.figure.dpi
-            text.set_position((x, y))
-        x += extent.width + 0.045
-
-
-def explanation_figure(image, explanation):
-    """A matplotlib Figure: the image, then for every word its heat map over the image, with the words before it."""
-    words = explanation.words
-    columns = min(COLUMNS, len(words) + 1)
-    rows = -(-(len(words) + 1) // columns)
-    text_height = WORD_LINE * (1.5 + len(words) // 5)
-    width, height = PANEL * columns, TITLE + rows * (PANEL + text_height + LABEL)
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)  # measures text
-    figure.text(0.1 / width, 1 - 0.12 / height, " ".join(words), fontsize=13, va="top")
-    for cell in range(len(words) + 1):
-        row, column = divmod(cell, columns)
-        left, top = column * PANEL + 0.06, TITLE + LABEL + row * (PANEL + text_height + LABEL)
-        size = PANEL - 0.12
-        picture = figure.add_axes(
-            (left / width, 1 - (top + size) / height, size / width, size / height)
-        )
-        below = figure.add_axes(
-            (
-                left / width,
-                1 - (top + size + text_height) / height,
-                size / width,
-                (text_height - 0.1) / height,
-            )
-        )
-        picture.set_axis_off(), below.set_axis_off()
-        if cell == 0:
-            picture.imshow(
-                image.resize(explanation.image_relevance.shape[:0:-1]), interpolation="lanczos"
-            )
-            below.text(
-                0.02,
-                1,
-                "red: for the word, blue: against it\nbelow: the words before it",
-                fontsize=8.5,
-                va="top",
-                color="dimgrey",
-            )
-        else:
-            draw_word(picture, below, image, explanation, cell - 1)
-    return figure
-
-
-def draw_word(picture, below, image, explanation, t):
-    """The two panels of word t: its heat map over the image, and the words before it."""
-    picture.imshow(overlay(image, explanation.image_relevance[t].numpy()), interpolation="lanczos")
-    picture.set_title(
-        f"{explanation.words[t]}  {explanation.probabilities[t]:.0%}",
-        fontsize=11,
-        fontweight="bold",
-        pad=4,
-    )
-    draw_words(
-        below,
-        ["<start>", *explanation.words][: t + 1],
-        explanation.word_relevance[t, : t + 1].numpy(),
-    )
-
-
-def comparison_figure(image, explanations):
-    """A matplotlib Figure of {method: Explanation of the same caption}: a row of heat maps for each method, a column a word."""
-    words = next(iter(explanations.values())).words
-    size, label = 0.6 * PANEL, 1.35
-    width, height = label + size * len(words), TITLE + size * len(explanations)
-    figure = Figure(figsize=(width, height))
-    for row, (method, explanation) in enumerate(explanations.items()):
-        bottom = (len(explanations) - 1 - row) * size
-        figure.text(
-            0.08 / width,
-            (bottom + size / 2) / height,
-            method.replace("_", " "),
-            fontsize=10,
-            va="center",
-        )
-        for t, word in enumerate(words):
-            axes = figure.add_axes(
-                (
-                    (label + t * size + 0.03) / width,
-                    (bottom + 0.03) / height,
-                    (size - 0.06) / width,
-                    (size - 0.06) / height,
-                )
-            )
-            axes.imshow(
-                overlay(image, explanation.image_relevance[t].numpy()), interpolation="lanczos"
-            )
-            axes.set_axis_off()
-            if row == 0:
-                axes.set_title(word, fontsize=11, fontweight="bold", pad=4)
-    return figure
-
-
-def save_figure(figure, path):
-    """Write a figure to `path`, whole or not at all; returns the path."""
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    return path
-
-
-def paint_boxes(relevance, boxes, size):
-    """Relevance of regions (T, L), of which the first n have boxes (n, 4) x1 y1 x2 y2 in pixels, as maps (T, H, W): each
-    region's relevance is spread evenly over its box, overlapping boxes add. size: (H, W)."""
-    maps = torch.zeros(len(relevance), *size)
-    for values, (x1, y1, x2, y2) in zip(relevance.T, boxes.round().int().tolist()):
-        area = maps[:, max(y1, 0) : max(y2, y1 + 1), max(x1, 0) : max(x2, x1 + 1)]
-        area += values[:, None, None] / max(area[0].numel(), 1)
-    return maps
-
-
-def write_explanation(stem, image, explanation, about):
-    """Write stem.png, stem.npz and stem.json; returns the path of the figure."""
-    arrays = {
-        name: value.numpy()
-        for name, value in vars(explanation).items()
-        if isinstance(value, torch.Tensor)
-    }
-    with write_atomically(extended(stem, ".npz")) as temporary:
-        np.savez_compressed(temporary, words=np.array(explanation.words), **arrays)
-    numbers = {
-        name: arrays[name].tolist()
-        for name in ("scores", "probabilities", "word_relevance", "beta")
-        if name in arrays
-    }
-    sums = arrays["image_relevance"].sum(axis=(1, 2)).tolist()
-    write_json(
-        extended(stem, ".json"),
-        {**about, "words": explanation.words, **numbers, "image_relevance_sum": sums},
-    )
-    return save_figure(explanation_figure(image, explanation), extended(stem, ".png"))
+FLAGS = [
+    Flag("checkpoint", "the captioner", default="checkpoints/scenes-gridtd.pt"),
+    Flag(
+        "method",
+        "how to explain",
+        default=["lrp"],
+        type=str,
+        choices=tuple(METHODS),
+        nargs="+",
+        shown="lrp",
+    ),
+    Flag(
+        "regions",
+        "bottom-up features of each image, for a captioner that wants them",
+        nargs="+",
+        metavar="HDF5",
+        shown="none",
+    ),
+    Flag(
+        "through_attention",
+        "for the method lrp: go through the attention scores of a multi-head captioner too, as "
+        "the method attnlrp does",
+        default=False,
+    ),
+    Flag("caption", "explain this caption", shown="the captioner's own"),
+    Flag("output", "folder for what is written", default="explanations"),
+]
 
 
 def build_parser():
     """The command line."""
     parser = CommandLine(description=__doc__)
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument(
-        "--checkpoint",
-        default="checkpoints/scenes-gridtd.pt",
-        help="the captioner (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=["lrp"],
-        help="how to explain (default: lrp)",
-    )
-    parser.add_argument(
-        "--regions",
-        nargs="+",
-        metavar="HDF5",
-        help="bottom-up features of each image, for a captioner that wants them",
-    )
-    parser.add_argument(
-        "--through_attention",
-        action="store_true",
-        help="LRP of a multi-head captioner: go through the attention scores too (AttnLRP)",
-    )
-    parser.add_argument("--caption", help="explain this caption instead of the captioner's own")
-    parser.add_argument(
-        "--output", default="explanations", help="folder for what is written (default: %(default)s)"
-    )
+    add_flags(parser, FLAGS)
     add_decoding_flags(parser)
     add_common_flags(parser)
     return parser
 
 
-def read_inputs(regions, encoder, images):
-    """What the encoder looks at, (B, 3, S, S) or (B, L, D), and for bottom-up features each image's boxes, else None."""
-    if not regions:
-        return torch.stack([image_transform(encoder.image_size)(image) for image in images]), None
-    features, boxes = zip(*map(load_regions, regions))
-    return torch.stack(features), boxes
-
-
-def main():
-    """Caption the images if need be, explain, and write."""
-    args = build_parser().parse_args()
-    options = decoding_options(args)
-    if args.caption is not None and options != {"method": "beam"}:
+def check_arguments(args, decoding):
+    """Raise a UserError for flags that do not go together."""
+    if args.caption is not None and decoding != {"method": "beam"}:
         raise UserError(
             "the flags of decoding are for the captioner's own caption, and --caption gives another"
         )
     if args.through_attention and "lrp" not in args.method:
         raise UserError("--through_attention goes with --method lrp")
+
+
+def chosen_methods(args):
+    """{name in the results: the method of METHODS}, as --method and --through_attention choose."""
+    methods = {name: name for name in args.method}
+    if args.through_attention:
+        methods["lrp"] = "attnlrp"
+    return methods
+
+
+def main():
+    """Caption the images if need be, explain the captions, and write the explanations."""
+    args = build_parser().parse_args()
+    decoding = decoding_options(args)
+    check_arguments(args, decoding)
+    methods = chosen_methods(args)
+    words = None if args.caption is None else tokenize(args.caption)
     set_seed(args.seed)
-    device = distributed.own_device(args.device)
-    captioner = load_captioner(args.checkpoint, device)
-    if (
-        captioner.encoder.given != bool(args.regions)
-        or args.regions
-        and len(args.regions) != len(args.images)
-    ):
-        raise UserError(
-            "a captioner of bottom-up features, and only such a one, needs --regions with one HDF5 file for each image"
-        )
-    for path in args.images:
-        load_image(path)  # nothing is written if one of them is damaged
-    names = [Path(path).stem for path in args.images]
-    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-    if twice:
-        raise UserError(
-            f"two of the images are called {twice}, and their explanations would be too; explain them into two --output folders"
-        )
-    groups = [
-        slice(first, first + EXPLAINED_AT_ONCE)
-        for first in range(0, len(args.images), EXPLAINED_AT_ONCE)
-    ]
-    for group in distributed.shared(groups):
-        explain(captioner, args.images[group], args.regions and args.regions[group], args, options)
+    captioner = load_captioner(args.checkpoint, distributed.own_device(args.device))
+    for method in methods.values():
+        method_for(captioner, method)  # refuses one that is not for this captioner
+    check_regions(captioner, args.images, args.regions)
+    check_images(args.images)
+    about = provenance(args.seed, args.checkpoint)
+    starts = range(0, len(args.images), EXPLAINED_AT_ONCE)
+    for start in distributed.shared(starts):
+        batch = slice(start, start + EXPLAINED_AT_ONCE)
+        paths = args.images[batch]
+        regions = args.regions and args.regions[batch]
+        for path, image, explanations in explain(
+            captioner, paths, regions, methods, words, decoding
+        ):
+            stem = Path(args.output) / Path(path).stem
+            write_explanations(stem, image, explanations, {**about, "image": str(path)})
 
 
-def explain(captioner, paths, regions, args, options):
-    """Caption a few images if need be, explain, and write."""
+def check_regions(captioner, images, regions):
+    """Raise a UserError unless there are regions for the images exactly if the captioner wants."""
+    wanted = len(images) if captioner.encoder.given else 0
+    if len(regions or []) != wanted:
+        raise UserError(
+            "a captioner of bottom-up features needs --regions with one HDF5 file for each image, "
+            "and no other captioner takes them"
+        )
+
+
+def check_images(paths):
+    """Raise a UserError if an image is damaged, or if two of them have one name.
+
+    Then nothing is written of the others either.
+    """
+    for path in paths:
+        load_image(path)
+    names = set()
+    for path in paths:
+        name = Path(path).stem
+        if name in names:
+            raise UserError(
+                f"two of the images are called {name}, and their explanations would be too; "
+                "explain them into two --output folders"
+            )
+        names.add(name)
+
+
+def explain(captioner, paths, regions, methods, words, decoding):
+    """Explain the captions of a few images.
+
+    regions: files of bottom-up features, or None; methods: {name in the results: method}; words:
+    the caption of them all, or None for the captioner's own, decoded with the options `decoding`.
+    Yields (path, image, {name: Explanation}) of each image but those of which the captioner says
+    nothing.
+    """
     images = [load_image(path) for path in paths]
-    pixels, boxes = read_inputs(regions, captioner.encoder, images)
-    captions = (
-        captioner.caption(pixels, **options)
-        if args.caption is None
-        else [tokenize(args.caption)] * len(images)
-    )
-    told = [index for index, words in enumerate(captions) if words or args.caption is not None]
-    for index in set(range(len(paths))).difference(told):
+    inputs, boxes = read_inputs(captioner.encoder, images, regions)
+    if words is None:
+        captions = captioner.caption(inputs, **decoding)
+        spoken = [index for index, caption in enumerate(captions) if caption]
+    else:
+        captions = [words] * len(images)
+        spoken = list(range(len(images)))
+    for index in sorted(set(range(len(paths))) - set(spoken)):
         print(f"{paths[index]}: the captioner says nothing of it, so there is nothing to explain")
-    spoken = [captions[index] for index in told]
-    explained = {
-        method: captioner.explain(
-            pixels[told],
-            spoken,
-            "attnlrp" if args.through_attention and method == "lrp" else method,
-        )
-        for method in args.method
+    if not spoken:
+        return
+    captions = [captions[index] for index in spoken]
+    found = {
+        name: captioner.explain(inputs[spoken], captions, method)
+        for name, method in methods.items()
     }
-    for row, index in enumerate(told):
-        path, image = paths[index], images[index]
-        print(f"{path}: {' '.join(captions[index])}")
-        stem, about = (
-            Path(args.output) / Path(path).stem,
-            {**provenance(args.seed, args.checkpoint), "image": str(path)},
-        )
-        explanations = {method: found[row] for method, found in explained.items()}
-        if boxes:
-            for explanation in explanations.values():
-                explanation.image_relevance = paint_boxes(
-                    explanation.region_relevance, boxes[index], image.size[::-1]
-                )
-        for method, explanation in explanations.items():
-            figure = write_explanation(
-                extended(stem, f"-{method}"), image, explanation, {**about, "method": method}
-            )
-            print(f"  explained in {figure}")
-        if len(explanations) > 1:
-            print(
-                f"  side by side in {save_figure(comparison_figure(image, explanations), extended(stem, '-methods.png'))}"
-            )
+    for row, index in enumerate(spoken):
+        explanations = {name: rows[row] for name, rows in found.items()}
+        if regions:
+            paint_regions(explanations, boxes[index], images[index])
+        yield paths[index], images[index], explanations
+
+
+def read_inputs(encoder, images, regions):
+    """What the encoder takes, and each image's boxes, or None for a captioner of pixels.
+
+    The inputs are (B, 3, S, S) of the images, or (B, L, D) of the files `regions`.
+    """
+    if not regions:
+        transform = image_transform(encoder.image_size)
+        return torch.stack([transform(image) for image in images]), None
+    features, boxes = zip(*[load_regions(path) for path in regions])
+    return torch.stack(features), boxes
+
+
+def paint_regions(explanations, boxes, image):
+    """Give the explanations of an image's regions maps of its pixels."""
+    width, height = image.size
+    for explanation in explanations.values():
+        relevance = explanation.region_relevance
+        explanation.image_relevance = paint_boxes(relevance, boxes, (height, width))
+
+
+def write_explanations(stem, image, explanations, about):
+    """Write the files of an image's explanations {name: Explanation}, and say so."""
+    words = next(iter(explanations.values())).words
+    print(f"{about['image']}: {' '.join(words)}")
+    for name, explanation in explanations.items():
+        own = extended(stem, f"-{name}")
+        write_arrays(extended(own, ".npz"), explanation)
+        write_numbers(extended(own, ".json"), explanation, {**about, "method": name})
+        figure = save_figure(explanation_figure(image, explanation), extended(own, ".png"))
+        print(f"  explained in {figure}")
+    if len(explanations) > 1:
+        comparison = comparison_figure(image, explanations)
+        print(f"  side by side in {save_figure(comparison, extended(stem, '-methods.png'))}")
+
+
+def write_arrays(path, explanation):
+    """Write all tensors of an explanation, and its words, as a NumPy archive."""
+    arrays = {}
+    for name, value in {**vars(explanation), **explanation.extra}.items():
+        if isinstance(value, torch.Tensor):
+            arrays[name] = value.numpy()
+    with write_atomically(path) as temporary:
+        np.savez_compressed(temporary, words=np.array(explanation.words), **arrays)
+
+
+def write_numbers(path, explanation, about):
+    """Write what is small of an explanation as JSON, after the dict `about`."""
+    numbers = {**about, "words": explanation.words}
+    numbers["scores"] = explanation.scores.tolist()
+    numbers["probabilities"] = explanation.probabilities.tolist()
+    numbers["word_relevance"] = explanation.word_relevance.tolist()
+    if explanation.beta is not None:
+        numbers["beta"] = explanation.beta.tolist()
+    sums = explanation.image_relevance.numpy().sum(axis=(1, 2))
+    numbers["image_relevance_sum"] = sums.tolist()
+    write_json(path, numbers)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch
 
 import distributed
 from basemodel import DROPOUTS, read_checkpoint
-from captiondata import CaptionDataset
+from captiondata import CaptionDataset, dataset_folder
 from captioner import (
     MODELS,
     CaptionerConfig,
@@ -53,7 +53,6 @@ from commandline import (
 )
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder, has_learnt
-from evaluation import dataset_folder
 from featurecache import encoder_path, features_path, versions_of
 from images import image_transform
 from objectives import CROSS_ENTROPY, TUNING_MODES, ObjectiveConfig, build_objective

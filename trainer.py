@@ -34,7 +34,7 @@ from commandline import (
     set_seed,
     write_atomically,
 )
-from evaluation import decode_split
+from decoding import decode_split
 from objectives import CROSS_ENTROPY, SCST
 
 ADAM_BETA2 = 0.999

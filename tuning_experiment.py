@@ -36,7 +36,8 @@ from commandline import (
     run,
     write_json,
 )
-from evaluation import captions_of, decode_split
+from decoding import decode_split
+from evaluation import captions_of
 from featurecache import features_path
 
 ENCODER = "scenes_vgg"

@@ -20,7 +20,7 @@ from captiondata import CaptionDataset, load_regions
 from captioner import METHODS, load_captioner
 from commandline import UserError
 from encoder import build_encoder
-from explain import paint_boxes
+from plots import paint_boxes
 
 ORACLES = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
 
