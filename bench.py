@@ -36,8 +36,9 @@ from commandline import (
     write_json,
 )
 from encoder import build_encoder
-from evaluation import EXAMINED_AT_ONCE
-from experiments import SUMMARIES, Examiner
+from experiments import EXPERIMENTS
+from experiments.case import Setting, examine
+from experiments.records import EXAMINED_AT_ONCE
 from featurecache import features_path, lay_out, write_rows
 from images import image_transform, load_image
 from objectives import CrossEntropy, ImageLRPInference, LRPInference
@@ -540,11 +541,12 @@ def bench_evaluate(device, repeats):
         dataset = CaptionDataset(folder, "test", image_transform(captioner.encoder.image_size))
         phrases = object_phrases(dataset.info["categories"])
         words = [word for (word, *more), category in phrases.items() if category and not more]
-        examiner = Examiner(captioner, methods, phrases, words, list(SUMMARIES), {"method": "beam"})
+        setting = Setting(captioner, methods, phrases, words, {"method": "beam"})
         times = []
         for images, _, indices in DataLoader(dataset, EXAMINED_AT_ONCE):
             started = time.perf_counter()
-            examiner(images, indices.tolist(), [dataset.entries[index] for index in indices])
+            entries = [dataset.entries[index] for index in indices]
+            examine(images, indices.tolist(), entries, EXPERIMENTS, setting)
             times.append((time.perf_counter() - started) / len(indices))
     first, last = (
         statistics.mean(part) for part in (times[1:4], times[4:])

@@ -1,6 +1,7 @@
-"""The figures: heat maps over images, a figure of one explanation, and several methods compared.
+"""The figures: heat maps over images, a figure of one explanation, several methods compared, and
+the curves of correctness.
 
-Red speaks for a word, blue against it, and white is zero.
+In the heat maps red speaks for a word, blue against it, and white is zero.
 """
 
 import math
@@ -209,8 +210,33 @@ def comparison_figure(image, explanations):
     return sheet.figure
 
 
-def save_figure(figure, path):
+def correctness_figure(curves, thresholds):
+    """Figure 3 of the paper: correctness over the threshold, dashed for negative relevance.
+
+    curves: {method: {where correctness is measured: its value at each threshold}}; where a method
+    is called "negative METHOD", it has the colour of METHOD. A panel for each place that all
+    methods have.
+    """
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    methods = list(curves)
+    places = []
+    for place in curves[methods[0]]:
+        if all(place in found for found in curves.values()):
+            places.append(place)
+    panels = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
+    for axes, place in zip(panels, places):
+        for method, found in curves.items():
+            colour = f"C{methods.index(method.removeprefix('negative '))}"
+            style = "--" if method.startswith("negative ") else "-"
+            axes.plot(thresholds, found[place], style, color=colour, label=method)
+        axes.set(xlabel="threshold", ylabel="correctness", title=place, ylim=(0, 1))
+    lines = panels[-1].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", fontsize=8)
+    return figure
+
+
+def save_figure(figure, path, dots_per_inch=DOTS_PER_INCH):
     """Write a figure to `path`, whole or not at all; returns the path."""
     with write_atomically(path) as temporary:
-        figure.savefig(temporary, dpi=DOTS_PER_INCH)
+        figure.savefig(temporary, dpi=dots_per_inch)
     return path

@@ -37,7 +37,7 @@ from commandline import (
     write_json,
 )
 from decoding import decode_split
-from evaluation import captions_of
+from experiments.captions import captions_of
 from featurecache import features_path
 
 ENCODER = "scenes_vgg"

@@ -1,18 +1,19 @@
 """The command: a captioner on a split, its word scores, and what it writes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fixtures import prepared_scenes
+from fixtures import command, prepared_scenes
 from helpers import random_captioner
 
 import evaluation
 from captiondata import CaptionDataset
 from commandline import UserError, write_json
-from evaluation import word_scores
+from experiments import records
+from experiments.captions import choose_object_words
+from experiments.probabilities import word_scores
 from preparedataset import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,46 +21,60 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_word_scores_are_the_largest_probabilities_on_the_way():
     captioner = random_captioner(words=6)
-    words = captioner.vocabulary.words[1:4]
+    vocabulary = captioner.vocabulary
+    words = vocabulary.words[1:4]
     features = torch.randn(2, 9, captioner.encoder.out_channels, dtype=torch.float64)
     captions = [[words[0], words[1], words[0]], [words[2]]]
     scores = word_scores(captioner, features, captions, [words[1], "nowhere", words[2]])
-    with torch.no_grad():
-        for row, caption in enumerate(captions):
-            memory = captioner.image_memory(features[row : row + 1])
-            state, steps = captioner.initial_state(memory), []
-            for word in ["<start>", *caption]:
-                step, state = captioner.next_words(
-                    torch.tensor([captioner.vocabulary.encode([word])]), state, memory
-                )
-                steps.append(step[0, 0].exp())
-            best = torch.stack(steps).amax(0)
-            expected = [
-                best[captioner.vocabulary.encode([words[1]])[0]].item(),
-                0.0,
-                best[captioner.vocabulary.encode([words[2]])[0]].item(),
-            ]
-            assert scores[row].tolist() == pytest.approx(expected, abs=1e-12)
+    for row, caption in enumerate(captions):
+        best = largest_probabilities(captioner, features[row : row + 1], caption)
+        one, other = vocabulary.encode([words[1], words[2]])
+        expected = [best[one].item(), 0.0, best[other].item()]
+        assert scores[row].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_command_measures_a_split_and_writes_it(tmp_path, monkeypatch, capsys):
-    folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
-    captioner = random_captioner().float()
-    captioner.save(tmp_path / "it.pt")
-    arguments = [
-        "--checkpoint",
-        tmp_path / "it.pt",
-        "--dataset",
-        folder,
-        "--output",
-        tmp_path / "out.json",
-        "--workers",
-        0,
-        "--limit",
-        3,
-    ]
-    arguments += [
-        "--metrics",
+@torch.no_grad()
+def largest_probabilities(captioner, features, caption):
+    """The largest probability that each word of the vocabulary had, by decoding step by step."""
+    memory = captioner.image_memory(features)
+    state = captioner.initial_state(memory)
+    steps = []
+    for word in ["<start>", *caption]:
+        token_ids = torch.tensor([captioner.vocabulary.encode([word])])
+        log_probabilities, state = captioner.next_words(token_ids, state, memory)
+        steps.append(log_probabilities[0, 0].exp())
+    return torch.stack(steps).amax(0)
+
+
+def test_the_object_words_are_by_default_those_of_the_dataset():
+    corpus = {index: ["a dog"] for index in range(50)}
+    categories = {"dog": ["dog"]}
+    assert "clock" in choose_object_words(None, "coco2017", corpus, categories)
+    assert "hat" in choose_object_words(None, "flickr8k", corpus, categories)
+    assert choose_object_words(None, "scenes", corpus, categories) == ["dog"]
+    assert choose_object_words("train", "coco2017", corpus, categories) == ["dog"]
+
+
+def evaluate(monkeypatch, *arguments):
+    command(monkeypatch, evaluation, *arguments)
+    evaluation.main()
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """A small prepared dataset."""
+    return prepared_scenes(tmp_path / "scenes", 8, 4, 5)
+
+
+def flags_for(tmp_path, scenes, output):
+    """A captioner at it.pt, read on these scenes, and where the result goes."""
+    checkpoint = ["--checkpoint", tmp_path / "it.pt"]
+    return [*checkpoint, "--dataset", scenes, "--output", tmp_path / output, "--workers", 0]
+
+
+def test_the_command_measures_a_split_and_writes_it(tmp_path, scenes, monkeypatch, capsys):
+    random_captioner().float().save(tmp_path / "it.pt")
+    metrics = [
         "bleu",
         "meteor",
         "cider",
@@ -69,166 +84,200 @@ def test_the_command_measures_a_split_and_writes_it(tmp_path, monkeypatch, capsy
         "object_word_ap",
         "planted",
     ]
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
-    evaluation.main()
+    flags = flags_for(tmp_path, scenes, "out.json")
+    evaluate(monkeypatch, *flags, "--limit", 3, "--metrics", *metrics)
     result = json.loads((tmp_path / "out.json").read_text())
-    dataset = CaptionDataset(folder, "test")
+    entries = CaptionDataset(scenes, "test").entries[:3]
     assert [row["image_id"] for row in result["captions"]] == [
-        entry["image_id"] for entry in dataset.entries[:3]
+        entry["image_id"] for entry in entries
     ]
     assert result["metrics"].keys() >= {"BLEU-4", "METEOR", "CIDEr", "CIDEr-D", "names main object"}
-    assert result["unavailable"]["chair"] == "CHAIR: no caption names an object"
-    assert (
-        "training captions"
-        in result["unavailable"]["object_words"]
-        == result["unavailable"]["object_word_ap"]
-    )
-    assert (
-        len(result["checkpoint_sha256"]) == 16 and result["versions"]["torch"] == torch.__version__
-    )
+    unavailable = result["unavailable"]
+    assert unavailable["chair"] == "CHAIR: no caption names an object"
+    assert "training captions" in unavailable["object_words"]
+    assert unavailable["object_words"] == unavailable["object_word_ap"]
+    assert len(result["checkpoint_sha256"]) == 16
+    assert result["versions"]["torch"] == torch.__version__
     assert "names main object" in capsys.readouterr().out
 
 
-def test_all_captions_that_a_decoder_finds_are_written(tmp_path, monkeypatch):
-    folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
+@pytest.mark.parametrize(
+    "decoding, others",
+    (
+        (["diverse_beam", "--groups", 3], 2),
+        (["nucleus", "--num_captions", 5], 4),
+    ),
+)
+def test_all_captions_that_a_decoder_finds_are_written(
+    tmp_path, scenes, monkeypatch, decoding, others
+):
     random_captioner().float().save(tmp_path / "it.pt")
-    arguments = [
-        "--checkpoint",
-        tmp_path / "it.pt",
-        "--dataset",
-        folder,
-        "--output",
-        tmp_path / "lrp0.5",
-        "--workers",
-        0,
-        "--metrics",
-        "diversity",
-    ]
-    for extra, others in (
-        ("--decoding diverse_beam --groups 3 --max_length 6", 2),
-        ("--decoding nucleus --num_captions 5 --max_length 6", 4),
-    ):
-        monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments), *extra.split()])
-        evaluation.main()
-        rows = json.loads((tmp_path / "lrp0.5.json").read_text())["captions"]
-        assert all(
-            len(row["others"]) == others and len(row["caption"].split()) <= 6 for row in rows
-        )
+    flags = flags_for(tmp_path, scenes, "lrp0.5")
+    flags += ["--metrics", "diversity", "--max_length", 6]
+    evaluate(monkeypatch, *flags, "--decoding", *decoding)
+    rows = json.loads((tmp_path / "lrp0.5.json").read_text())["captions"]
+    for row in rows:
+        assert len(row["others"]) == others
+        assert len(row["caption"].split()) <= 6
 
 
-def experiment(monkeypatch, tmp_path, folder, *flags):
-    arguments = [
-        "--checkpoint",
-        tmp_path / "it.pt",
-        "--dataset",
-        folder,
-        "--output",
-        tmp_path / "out",
-        "--workers",
-        0,
-        "--max_length",
-        8,
-        *flags,
-    ]
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
-    evaluation.main()
+# ----------------------------------------------------------------------------- kept image by image
+
+STOP_WORDS = ["a", "the", "of", "on", "in", "with", "and", "is", "it", "at", "to", "by"]
+WORDS = [*STOP_WORDS, "dog", "bench", "man"]
+NAME = "out-word_ablation-hallucination"
+EXPERIMENT = ["--experiment", "word_ablation", "hallucination", "--methods", "lrp", "gradcam"]
 
 
-def test_experiments_are_resumed_image_by_image(tmp_path, monkeypatch, capsys):
-    """An interrupted run goes on with the images that are missing, to the same tables, also from a part of the split to the whole;
-    other settings are not mixed with it, nor do they replace it."""
-    folder = prepared_scenes(tmp_path / "scenes", 8, 4, 5)
+@pytest.fixture
+def experiment(tmp_path, scenes, monkeypatch):
+    """A function that runs two experiments with further flags, two images at once.
+
+    It returns the indices of the images that it has examined.
+    """
     captioner = random_captioner().float()
-    captioner.vocabulary.words[1:30:2] = [
-        f"{word}" for word in "a the of on in dog bench man with and is it at to by".split()
-    ]
+    captioner.vocabulary.words[1:30:2] = WORDS
     captioner.save(tmp_path / "it.pt")
-    monkeypatch.setattr(evaluation, "EXAMINED_AT_ONCE", 2)
-    flags = ["--experiment", "word_ablation", "hallucination", "--methods", "lrp", "gradcam"]
-    experiment(monkeypatch, tmp_path, folder, *flags)
-    path = tmp_path / "out-word_ablation-hallucination.jsonl"
+    monkeypatch.setattr(records, "EXAMINED_AT_ONCE", 2)
+    original = records.examine
+    examined = []
+
+    def examine(images, indices, *rest):
+        examined.append(indices)
+        return original(images, indices, *rest)
+
+    monkeypatch.setattr(records, "examine", examine)
+
+    def run(*further):
+        examined.clear()
+        flags = flags_for(tmp_path, scenes, "out")
+        evaluate(monkeypatch, *flags, "--max_length", 8, *EXPERIMENT, *further)
+        return list(examined)
+
+    return run
+
+
+def test_an_interrupted_run_goes_on_to_the_same_tables(tmp_path, experiment, capsys):
+    assert experiment() == [[0, 1], [2, 3], [4]]
+    path = tmp_path / f"{NAME}.jsonl"
     whole = path.read_text()
+    lines = whole.splitlines()
     tables = json.loads(path.with_suffix(".json").read_text())["tables"]
-    assert (
-        "**word ablation**" in path.with_suffix(".md").read_text()
-        and "word ablation" in capsys.readouterr().out
-    )
-    path.write_text(
-        "\n".join(whole.splitlines()[:3]) + "\n" + whole.splitlines()[3][:20]
-    )  # the first batch, and a line cut by a kill
-    calls = []
-    original = evaluation.Examiner.__call__
-    monkeypatch.setattr(
-        evaluation.Examiner,
-        "__call__",
-        lambda self, images, indices, entries: (
-            calls.append(indices) or original(self, images, indices, entries)
-        ),
-    )
-    experiment(monkeypatch, tmp_path, folder, *flags)
-    assert calls == [[2, 3], [4]] and path.read_text() == whole
-    assert json.loads(path.with_suffix(".json").read_text())["tables"] == tables
-    with pytest.raises(
-        UserError,
-        match="out-word_ablation-hallucination.jsonl keeps what was found with other flags",
-    ):
-        experiment(monkeypatch, tmp_path, folder, *flags, "--seed", 1)
-    with pytest.raises(UserError, match="with other flags"):
-        experiment(monkeypatch, tmp_path, folder, *flags, "--object_words", "coco")
-    split = (folder / "test.json").read_bytes()
-    write_json(
-        folder / "test.json",
-        [entry | {"captions": entry["captions"][::-1]} for entry in json.loads(split)],
-    )
-    with pytest.raises(UserError, match="with other flags"):
-        experiment(monkeypatch, tmp_path, folder, *flags)
-    (folder / "test.json").write_bytes(split)
-    neighbour = tmp_path / "out-word_ablation-hallucination.b.jsonl"  # of an --output of its own
-    neighbour.write_text(whole)
+    assert "**word ablation**" in path.with_suffix(".md").read_text()
+    assert "word ablation" in capsys.readouterr().out
+    # The header, the first batch, and a line cut by a kill.
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    assert experiment() == [[2, 3], [4]]
     assert path.read_text() == whole
-    experiment(monkeypatch, tmp_path, folder, *flags, "--limit", 3)
-    assert len(calls) == 2 and path.read_text() == neighbour.read_text() == whole
-    path.unlink()
-    experiment(monkeypatch, tmp_path, folder, *flags, "--limit", 3)
-    experiment(monkeypatch, tmp_path, folder, *flags)
-    assert calls[2:] == [[0, 1], [2], [3, 4]] and len(path.read_text().splitlines()) == len(
-        whole.splitlines()
-    )
+    assert json.loads(path.with_suffix(".json").read_text())["tables"] == tables
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--batch_size", 0], "--batch_size must be at least 1"), (["--workers", -1], "--workers must be at least 0"), (["--output", "."], "not the name of a .json file"),
-    (["--output", ".json"], "not the name of a .json file"), (["--methods", "lrp"], "--methods goes with --experiment"),
-    (["--predictions", "x.json", "--limit", 3], "--limit goes with a captioner"), (["--predictions", "x.json", "--beam_size", 9], "--beam_size goes with a captioner"),
-    (["--predictions", "x.json", "--object_words", "train"], "needs --train_annotations"), (["--instances", "x.json"], "--instances goes with --predictions"),
-    (["--temperature", "nan", "--decoding", "nucleus"], "--temperature must be from 0.001"),
-    (["--predictions", "x.json", "--experiment", "correctness"], "--experiment goes with a captioner"),
-])  # fmt: skip
-def test_mistakes_are_told_before_anything_is_read(monkeypatch, flags, told):
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, flags)])
+def test_a_part_of_the_split_becomes_the_whole(tmp_path, experiment):
+    assert experiment("--limit", 3) == [[0, 1], [2]]
+    assert experiment() == [[3, 4]]
+    path = tmp_path / f"{NAME}.jsonl"
+    whole = path.read_text()
+    assert len(whole.splitlines()) == 1 + 5
+    assert experiment("--limit", 3) == []
+    assert path.read_text() == whole
+
+
+def test_records_of_other_settings_are_neither_mixed_in_nor_replaced(tmp_path, scenes, experiment):
+    experiment()
+    path = tmp_path / f"{NAME}.jsonl"
+    whole = path.read_text()
+    told = f"{NAME}.jsonl keeps what was found with other settings"
     with pytest.raises(UserError, match=told):
-        evaluation.main()
+        experiment("--seed", 1)
+    with pytest.raises(UserError, match=told):
+        experiment("--object_words", "coco")
+    entries = json.loads((scenes / "test.json").read_text())
+    for entry in entries:
+        entry["captions"].reverse()
+    write_json(scenes / "test.json", entries)
+    with pytest.raises(UserError, match=told):
+        experiment()
+    assert path.read_text() == whole
+
+
+def test_the_parts_of_several_processes_are_put_into_one_file(tmp_path):
+    header = {"seed": 0}
+    path = tmp_path / "out.jsonl"
+    part = records.part_path(path, 3)
+    neighbour = tmp_path / "out.b.jsonl"  # of an --output of its own
+    records.append_lines(path, [header, {"index": 1}])
+    records.append_lines(part, [header, {"index": 0}])
+    records.append_lines(neighbour, [{"seed": 1}])
+    assert records.collect_records(path, header) == {1: {"index": 1}, 0: {"index": 0}}
+    assert path.read_text() == '{"seed": 0}\n{"index": 1}\n{"index": 0}\n'
+    assert not part.exists()
+    assert neighbour.exists()
+
+
+def test_a_method_that_is_not_for_the_captioner_is_told_before_anything_is_computed(
+    tmp_path, scenes, monkeypatch, capsys
+):
+    random_captioner().float().save(tmp_path / "it.pt")
+    monkeypatch.setattr(records, "examine", None)
+    flags = flags_for(tmp_path, scenes, "out")
+    with pytest.raises(UserError, match="attention scores"):
+        evaluate(monkeypatch, *flags, "--experiment", "all", "--methods", "lrp", "attnlrp")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_attnlrp_is_a_method_of_the_experiments(tmp_path, scenes, monkeypatch):
+    random_captioner(model_type="aoa").float().save(tmp_path / "it.pt")
+    flags = flags_for(tmp_path, scenes, "out")
+    flags += ["--limit", 2, "--max_length", 4]
+    evaluate(monkeypatch, *flags, "--experiment", "image_ablation", "--methods", "attnlrp")
+    header = json.loads((tmp_path / "out-image_ablation.jsonl").read_text().splitlines()[0])
+    assert header["methods"] == ["attnlrp"]
+
+
+# ---------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
-    "name, root, split", [("coco2017", "coco2017", "test"), ("flickr8k", "flickr8k", "val")]
+    "flags, told",
+    (
+        ("--batch_size 0", "--batch_size must be at least 1"),
+        ("--workers -1", "--workers must be at least 0"),
+        ("--output .", "not the name of a .json file"),
+        ("--output .json", "not the name of a .json file"),
+        ("--methods lrp", "--methods goes with --experiment"),
+        ("--predictions x.json --limit 3", "--limit goes with a captioner"),
+        ("--predictions x.json --beam_size 9", "--beam_size goes with a captioner"),
+        ("--predictions x.json", "needs --annotations"),
+        ("--predictions x.json --object_words train", "needs --train_annotations"),
+        ("--instances x.json", "--instances goes with --predictions"),
+        ("--temperature nan --decoding nucleus", "temperature must be from 0.001"),
+        ("--predictions x.json --experiment correctness", "--experiment goes with a captioner"),
+    ),
 )
-def test_experiments_run_on_real_photographs(tmp_path, monkeypatch, name, root, split):
-    """A captioner that knows drawings only, on COCO's boxes and outlines and on Flickr30k Entities' boxes."""
-    source = ROOT.parent / "shared/data" / root
+def test_mistakes_are_told_before_anything_is_read(monkeypatch, flags, told):
+    with pytest.raises(UserError, match=told):
+        evaluate(monkeypatch, *flags.split())
+
+
+# -------------------------------------------------------------------------------- real photographs
+
+
+@pytest.mark.parametrize("name, split", (("coco2017", "test"), ("flickr8k", "val")))
+def test_all_experiments_on_real_photographs(tmp_path, monkeypatch, name, split):
+    """A captioner of drawings only, on COCO's boxes and outlines, or Flickr30k Entities' boxes."""
+    source = ROOT.parent / "shared/data" / name
     if not source.exists():
-        pytest.skip(f"wants ../shared/data/{root}")
-    prepare(name, source, tmp_path / name)
-    arguments = ["--dataset", tmp_path / name, "--split", split, "--limit", 6, "--experiment", "all", "--methods", "lrp", "attention",
-                 "--metrics", "cider", "chair", "--workers", 0, "--output", tmp_path / "out"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *map(str, arguments)])
+        pytest.skip(f"wants ../shared/data/{name}")
+    folder = tmp_path / name
+    prepare(name, source, folder)
     monkeypatch.chdir(ROOT)
-    evaluation.main()
+    flags = ["--dataset", folder, "--split", split, "--limit", 6, "--workers", 0]
+    flags += ["--experiment", "all", "--methods", "lrp", "attention", "--metrics", "cider", "chair"]
+    evaluate(monkeypatch, *flags, "--output", tmp_path / "out")
     tables = json.loads((tmp_path / "out-all.json").read_text())["tables"]
-    assert (
-        tables["word_ablation"]
-        and tables["image_ablation"]
-        and set(tables) == {"word_ablation", "image_ablation", "correctness", "hallucination"}
-    )
+    assert list(tables) == ["word_ablation", "image_ablation", "correctness", "hallucination"]
+    assert tables["word_ablation"]
+    assert tables["image_ablation"]
     if name == "flickr8k":
-        assert any(entry["objects"] for entry in CaptionDataset(tmp_path / name, split).entries)
+        entries = CaptionDataset(folder, split).entries
+        assert any(entry["objects"] for entry in entries)

@@ -1,0 +1,18 @@
+"""The paper's experiments (§4), a file each, all of one form: see `Experiment` in case.py.
+
+    setting = Setting(captioner, ["lrp", "gradcam"], phrases, object_words)
+    records = examine(images, indices, entries, EXPERIMENTS, setting)     # of a batch: case.py
+    records = examine_split(dataset, EXPERIMENTS, setting, path, header)  # of a split: records.py
+    tables = tables_of(records, EXPERIMENTS, model_type)                  # tables.py
+
+A new experiment is a file with `run`, `table` and an EXPERIMENT, and a row of EXPERIMENTS.
+"""
+
+from experiments import correctness, hallucination, image_ablation, word_ablation
+
+EXPERIMENTS = {
+    "word_ablation": word_ablation.EXPERIMENT,
+    "image_ablation": image_ablation.EXPERIMENT,
+    "correctness": correctness.EXPERIMENT,
+    "hallucination": hallucination.EXPERIMENT,
+}
