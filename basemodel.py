@@ -143,6 +143,7 @@ class StepWeight:
             self.token = _AllSteps.apply(weight, self.pairs)
 
     def __call__(self, x):
+        """x (..., I) -> x @ weight.T (..., O)."""
         if self.token is None:
             return F.linear(x, self.weight)
         return _OneStep.apply(x.to(self.weight.dtype), self.weight.detach(), self.token, self.pairs)

@@ -161,8 +161,8 @@ class WordLogit(nn.Module):
 
 # captum sums no channels: GuidedBackprop and GuidedGradCam return (1, 3, H, W). It hooks nn.ReLU
 # modules only, and the decoder's ReLUs are functions, so its guided gradient, like ours, is guided
-# in the encoder alone. Its hook clips the gradient that has already passed the ReLU, which is the same
-# two conditions. LayerGradCam takes the ReLU of the map only if told to, GuidedGradCam always.
+# in the encoder alone. Its hook clips the gradient that has already passed the ReLU, which is the
+# same two conditions. LayerGradCam takes the ReLU of the map only if told to, GuidedGradCam always.
 # GuidedGradCam enlarges to the nearest pixel unless told to do it bilinearly, which is then without
 # aligned corners, as ours. Its layer is the last ReLU, before the encoder's `scale`: features that
 # are s times as large have gradients 1/s times as large, so the map is the same. Regions are the
