@@ -1,5 +1,5 @@
-"""The figures: heat maps over images, a figure of one explanation, several methods compared, and
-the curves of correctness.
+"""The figures: heat maps over images, a figure of one explanation, several methods compared, the
+curves of correctness, and those of a training.
 
 In the heat maps red speaks for a word, blue against it, and white is zero.
 """
@@ -233,6 +233,30 @@ def correctness_figure(curves, thresholds):
     lines = panels[-1].get_legend_handles_labels()
     figure.legend(*lines, loc="outside right center", fontsize=8)
     return figure
+
+
+def training_figure(history):
+    """The curves of a training: losses on the left, metrics on the right.
+
+    history: a row of figures, {name: value}, for each epoch.
+    """
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_curves(left, history, ("loss", "reward", "baseline"))
+    draw_curves(right, history, ("CIDEr", "CIDEr-D", "BLEU-4"))
+    return figure
+
+
+def draw_curves(axes, history, names):
+    """Draw the figures of these names, where there are some, over the steps."""
+    for name in names:
+        rows = [row for row in history if name in row]
+        if rows:
+            steps = [row["iterations"] for row in rows]
+            values = [row[name] for row in rows]
+            axes.plot(steps, values, marker=".", label=name)
+    axes.set_xlabel("steps")
+    axes.legend()
 
 
 def save_figure(figure, path, dots_per_inch=DOTS_PER_INCH):

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from commandline import (
 )
 from decoding import decode_split
 from objectives import CROSS_ENTROPY, SCST
+from plots import save_figure, training_figure
 
 ADAM_BETA2 = 0.999
 # Plateau: the learning rate times 0.8 after 2 epochs without a gain in CIDEr
@@ -44,6 +44,7 @@ PLATEAU_PATIENCE = 2
 PLATEAU_FLOOR = 2e-5
 MEMORY_FRACTION = 0.7  # of a GPU's free memory, or of all of the machine's, for cached features
 CHECK_EVERY = 50  # steps after which the losses are read; reading them waits for the GPU
+TRAINING_DOTS_PER_INCH = 120  # of the curves
 SCHEDULES = ("plateau", "cosine", "constant")
 
 
@@ -669,26 +670,4 @@ def write_history(output, history):
     lines, curves = history_paths(output)
     with write_atomically(lines) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in history))
-    with write_atomically(curves) as temporary:
-        training_figure(history).savefig(temporary, dpi=120)
-
-
-def training_figure(history):
-    """The curves of a training's history, rows of figures: losses on the left, metrics right."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_curves(left, history, ("loss", "reward", "baseline"))
-    _draw_curves(right, history, ("CIDEr", "CIDEr-D", "BLEU-4"))
-    return figure
-
-
-def _draw_curves(axes, history, names):
-    """Draw the figures of these names, where there are some, over the steps."""
-    for name in names:
-        rows = [row for row in history if name in row]
-        if rows:
-            steps = [row["iterations"] for row in rows]
-            values = [row[name] for row in rows]
-            axes.plot(steps, values, marker=".", label=name)
-    axes.set_xlabel("steps")
-    axes.legend()
+    save_figure(training_figure(history), curves, TRAINING_DOTS_PER_INCH)

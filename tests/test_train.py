@@ -19,10 +19,10 @@ import objectives
 import train
 import trainer
 from basemodel import read_checkpoint
+from captiondata import cache_features
 from captioner import load_captioner
 from commandline import UserError, read_json, write_json
 from encoder import build_encoder
-from preparedataset import cache_features
 from train import FLAGS, parse_arguments
 from trainer import Trainer
 

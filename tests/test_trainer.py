@@ -15,6 +15,7 @@ from commandline import UserError
 from encoder import build_encoder
 from images import image_transform
 from objectives import CrossEntropy, training_batch
+from plots import training_figure
 from trainer import (
     Progress,
     Trainer,
@@ -26,7 +27,6 @@ from trainer import (
     epoch_batches,
     object_targets,
     one_cycle,
-    training_figure,
 )
 
 SMALL_CONFIG = TrainingConfig(epochs=2, batch_size=4, workers=0)
