@@ -85,8 +85,9 @@ class AoACaptioner(Captioner):
         inputs = torch.cat([embeddings, mean], dim=-1).flatten(0, 1)  # (B*N, T, E+H)
         hidden = run_lstm(self.lstm, inputs, lengths).reshape(batch, captions * steps, -1)
         context, alpha = self._attend(hidden, memory, rules)
-        addends = (part.unflatten(1, (captions, steps)) for part in (context, hidden))
-        return Unrolled(tuple(addends), alpha.unflatten(1, (captions, steps)), None)
+        context = context.unflatten(1, (captions, steps))
+        hidden = hidden.unflatten(1, (captions, steps))
+        return Unrolled((context, hidden), alpha.unflatten(1, (captions, steps)), None)
 
     def _attend(self, hidden, memory, rules):
         """hidden (B, M, H) of M captions or steps -> c (B, M, H) and alpha (B, M, heads, L)."""

@@ -40,7 +40,8 @@ class CaptionerConfig:
 
     model_type         one of captioner.MODELS
     encoder            one of encoder.ENCODERS
-    embed_dim          E, hidden_dim: H
+    embed_dim          E, the size of a word embedding
+    hidden_dim         H, the size of the LSTMs' states and of the attention
     num_head           attention heads of the multi-head captioner
     dropout            of what goes into the last layer
     max_length         words of the longest caption that the captioner may say
@@ -128,8 +129,8 @@ class StepWeight:
     """A weight matrix (O, I) that every step multiplies by: x (..., I) -> x @ weight.T (..., O).
 
     In training its gradient is made once, of the inputs and output gradients of all steps together.
-    Otherwise each step would make a matrix, and these would be added up. Autocast makes it coarser
-    once, too.
+    Otherwise each step would make a matrix, and these would be added up. Under autocast the weight
+    is rounded once, too, and not in each step.
     """
 
     def __init__(self, weight, training):
@@ -282,8 +283,7 @@ class Captioner(nn.Module):
         """Teacher forcing: embeddings (B, N, T, E) of the inputs -> an Unrolled.
 
         lengths: (B, N) on the CPU, how many inputs of each caption count. What follows them is
-        arbitrary and mostly not computed; the less so if each image's captions are sorted by
-        falling length.
+        arbitrary. Most of it is not computed if each image's captions are sorted by falling length.
         """
         captions = embeddings.shape[1]
         state = self.initial_state(memory, captions)
@@ -314,7 +314,7 @@ class Captioner(nn.Module):
         """features (B, L, D), inputs (B, N, T) token ids -> logits (B, N, T, V) of the next words.
 
         ss_prob: probability that an input is replaced by the captioner's own last prediction;
-        last_layer: a function to take instead of the method; lengths: as `unroll` has them.
+        last_layer: a function to call instead of the method of that name; lengths: see `unroll`.
         """
         memory = self.image_memory(self.region_dropout(features))
         if ss_prob:
@@ -347,7 +347,7 @@ class Captioner(nn.Module):
         the next word, and the new state.
 
         `<pad>`, `<start>` and `<unk>` are never said (-inf), so that every word of a caption can be
-        explained. last_layer: a function to take instead of the method.
+        explained. last_layer: a function to call instead of the method of that name.
         """
         word_input = self.word_inputs(self.embedding(token_ids), memory)
         output = self.step(word_input, state, memory)
@@ -430,7 +430,7 @@ class Captioner(nn.Module):
 def stacked(outputs, captions):
     """The StepOutputs of T steps as an Unrolled of so many captions.
 
-    Where a step has computed fewer captions the others are zero.
+    Where a step has computed fewer captions, the others are zero.
     """
     addends = []
     for parts in zip(*(output.addends for output in outputs)):

@@ -2,7 +2,7 @@
 
 Related metrics form a family: a function that takes a `Captions` and returns {metric: value}. A
 family that lacks a tool raises ScorerUnavailable with the reason, and `measure` goes on with the
-others. train.py validates with `caption_metrics`, which needs no Java.
+others. A training validates with `caption_metrics`, which needs no Java.
 """
 
 import functools

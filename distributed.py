@@ -1,5 +1,5 @@
 """One job on several processes, started by torchrun: which process this is, which part of the work
-is its own, and how the parts are put together.
+is its own, and how the results are put together.
 
     torchrun --nproc_per_node=4 train.py ...
     torchrun --nproc_per_node=4 evaluation.py ...
@@ -90,14 +90,15 @@ def job(device):
 
 
 def shared(items):
-    """The part of a list that is this process' own: every n-th item, beginning with its rank."""
+    """This process's part of a list: of n processes every n-th item, from its rank on."""
     return items[rank() :: world_size()]
 
 
 def gathered(found):
     """The union of what the processes have found, in every process.
 
-    found: a dict; no two processes have a key in common. The result is sorted by key.
+    found: a dict; where several processes have the same key, they have the same value. The result
+    is sorted by key.
     """
     parts = [found]
     if world_size() > 1:

@@ -21,6 +21,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from commandline import UserError
 from images import IMAGENET_MEAN, IMAGENET_STD
@@ -196,20 +197,29 @@ class Encoder(nn.Module):
     def folded(self):
         """This encoder in eval mode, with every batch-norm merged into its convolution.
 
-        LRP wants it so. It is made once for as long as the weights stay the same; writing to them
-        through `.data` is not noticed.
+        LRP needs it in this form. It is kept until the weights change. A change through `.data` is
+        not noticed.
         """
         if not any(isinstance(module, nn.BatchNorm2d) for module in self.net.modules()):
             return eval_view(self)
-        weights = tuple(map(_state_of_tensor, self.state_dict(keep_vars=True).values()))
-        if self._folded is None or self._folded[0] != weights:
-            net = copy.deepcopy(self.net).eval()
+        state = self._state_of_weights()
+        kept = self._folded  # read once, for another thread may replace it
+        if kept is None or kept[0] != state:
             folded = copy.copy(self)
             folded.training = False
-            folded._modules = {"net": fold_batch_norm(net)}
+            folded._modules = {"net": fold_batch_norm(copy.deepcopy(self.net).eval())}
             folded._folded = None
-            self._folded = (weights, folded)
-        return self._folded[1]
+            kept = (state, folded)
+            self._folded = kept
+        return kept[1]
+
+    def _state_of_weights(self):
+        """Something that changes whenever a weight or a statistic is written to or replaced."""
+        tensors = [
+            (part.data_ptr(), part._version) for part in self.state_dict(keep_vars=True).values()
+        ]
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        return tensors, _optimizer_steps if trained else None
 
     def weights_hash(self):
         """16 hex digits that tell this encoder from any other.
@@ -222,16 +232,23 @@ class Encoder(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def _state_of_tensor(tensor):
-    """Something that changes whenever the tensor is written to or replaced."""
-    return tensor.data_ptr(), tensor._version
+_optimizer_steps = 0  # of all optimizers of this process
+
+
+def _count_optimizer_step(*_):
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# A fused optimizer writes to parameters without raising their version.
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def eval_view(module):
-    """A module in eval mode that shares the parameters and buffers of `module`, itself if it is so.
+    """A module in eval mode that shares the parameters and buffers of `module`.
 
-    Only the tree of modules is copied, which costs next to nothing. The mode of `module` is never
-    touched, so that another thread may train it or look through it meanwhile.
+    It is `module` itself if that is in eval mode already, else a copy of the tree of modules, which
+    costs little. The mode of `module` is not touched, for another thread may be using it.
     """
     if not any(child.training for child in module.modules()):
         return module
@@ -319,7 +336,7 @@ def _load_weights(net, state_dict, source):
     try:
         wanted = {}
         for key in net.state_dict():
-            if key in available or "num_batches" not in key:
+            if key in available or "num_batches" not in key:  # old files lack these counts
                 wanted[key] = available[key]
         net.load_state_dict(wanted, strict=False)
     except (KeyError, RuntimeError):

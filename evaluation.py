@@ -76,6 +76,7 @@ FLAGS = [
         type=str,
         choices=tuple(METHODS),
         nargs="+",
+        shown="lrp gradcam guided_gradcam attention",
         modes=CAPTIONER,
     ),
     Flag(
@@ -231,6 +232,8 @@ def main():
     set_seed(args.seed)
     stem = output_stem(args)
     if args.predictions:
+        if not distributed.is_main():  # there is nothing to divide among processes
+            return
         files = (args.predictions, args.annotations, args.instances, args.train_annotations)
         captions = read_captions(*files, args.object_words, metric_options(args))
         rows = [{"image_id": key, "caption": text} for key, text in captions.predictions.items()]
@@ -304,7 +307,10 @@ def instances_beside(annotations):
 
 
 def rows_of(dataset, found):
-    """The captions of a split as the result lists them. found: {index: its captions, best first}"""
+    """The captions of a split as the result lists them.
+
+    found: {index: its captions, the best first}.
+    """
     rows = []
     for index, entry in enumerate(dataset.entries):
         best, *others = [" ".join(words) for words in found[index]]

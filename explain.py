@@ -3,7 +3,6 @@
     python explain.py photo.jpg
     python explain.py a.jpg b.jpg --checkpoint checkpoints/flickr8k-gridtd.pt --output explanations
     python explain.py photo.jpg --caption "a dog on the grass"      # not the captioner's own
-
     python explain.py photo.jpg --method lrp gradcam attention      # several methods side by side
     torchrun --nproc_per_node=4 explain.py *.jpg                    # 4 processes share the images
 
@@ -114,16 +113,17 @@ def main():
     for start in distributed.shared(starts):
         batch = slice(start, start + EXPLAINED_AT_ONCE)
         paths = args.images[batch]
-        regions = args.regions and args.regions[batch]
-        for path, image, explanations in explain(
-            captioner, paths, regions, methods, words, decoding
-        ):
+        regions = args.regions[batch] if args.regions else None
+        explained = explain(captioner, paths, regions, methods, words, decoding)
+        for path, image, explanations in explained:
             stem = Path(args.output) / Path(path).stem
             write_explanations(stem, image, explanations, {**about, "image": str(path)})
 
 
 def check_regions(captioner, images, regions):
-    """Raise a UserError unless there are regions for the images exactly if the captioner wants."""
+    """Raise a UserError unless there is a file of regions for each image, or for none if the
+    captioner looks at pixels.
+    """
     wanted = len(images) if captioner.encoder.given else 0
     if len(regions or []) != wanted:
         raise UserError(
@@ -135,7 +135,7 @@ def check_regions(captioner, images, regions):
 def check_images(paths):
     """Raise a UserError if an image is damaged, or if two of them have one name.
 
-    Then nothing is written of the others either.
+    It is called before anything is written, so that all images are explained or none.
     """
     for path in paths:
         load_image(path)
@@ -155,8 +155,7 @@ def explain(captioner, paths, regions, methods, words, decoding):
 
     regions: files of bottom-up features, or None; methods: {name in the results: method}; words:
     the caption of them all, or None for the captioner's own, decoded with the options `decoding`.
-    Yields (path, image, {name: Explanation}) of each image but those of which the captioner says
-    nothing.
+    Yields (path, image, {name: Explanation}) of each image that the captioner says something of.
     """
     images = [load_image(path) for path in paths]
     inputs, boxes = read_inputs(captioner.encoder, images, regions)
@@ -171,10 +170,9 @@ def explain(captioner, paths, regions, methods, words, decoding):
     if not spoken:
         return
     captions = [captions[index] for index in spoken]
-    found = {
-        name: captioner.explain(inputs[spoken], captions, method)
-        for name, method in methods.items()
-    }
+    found = {}
+    for name, method in methods.items():
+        found[name] = captioner.explain(inputs[spoken], captions, method)
     for row, index in enumerate(spoken):
         explanations = {name: rows[row] for name, rows in found.items()}
         if regions:

@@ -39,7 +39,7 @@ class Method:
     rules      () -> the decoder's rules (lrp_utils.Rules)
     encoder    () -> a context manager in which the encoder runs, and which may change it
     relevance  a function of (leaves, gradients, attention, grid), see gradient_utils.py, that
-               returns fields of `Explanation`
+               returns fields of `Explanation`; any other name goes into its `extra`
     pixels     whether the gradient has to go through the encoder
     leaves     names of further inner values of the captioner (`Rules.leaf`) to get gradients of
     check      a function of a captioner that raises a UserError if the method is not for it
@@ -99,7 +99,7 @@ class Explanation:
                       the diagonal
     attention         (T, heads, L)
     beta              (T,) the weight of the visual sentinel, or None
-    extra             {name: tensor (T, ...)}: what else the method says
+    extra             {name: tensor (T, ...)}: what only this method says
     """
 
     words: list
@@ -128,7 +128,7 @@ def explain(captioner, images, captions=None, method="lrp"):
     images: (B, 3, S, S), ImageNet-normalised, or bottom-up features (B, L, D), padded with zeros;
     captions: B sequences of words, or None to decode them first (3 beams); method: one of METHODS.
 
-    Returns B Explanations; that of an image of which the captioner says nothing has no words.
+    Returns B Explanations. If the captioner says nothing of an image, its Explanation has no words.
     UserError for an unknown method or one that does not suit the captioner, images of another
     shape, another number of captions, an empty caption, or a word that the captioner cannot say.
 
@@ -185,7 +185,7 @@ def _parts(images, token_ids):
 def explain_batch(captioner, images, token_ids, method):
     """The Explanations of a few images for their captions, B lists of token ids; see `explain`."""
     images = images.to(captioner.device, captioner.fc.weight.dtype)
-    # A silent image still needs a place in the batch; what is found there is cut off again.
+    # An image without words still needs a place in the batch; what is found there is cut off.
     started = [
         [captioner.vocabulary.start, *(ids or [captioner.vocabulary.end])] for ids in token_ids
     ]
@@ -305,14 +305,16 @@ def _explanation(captioner, token_ids, parts):
     fields = {"image_relevance": None, "beta": None}
     extra = {}
     for name, value in cut.items():
-        known = name in Explanation.__dataclass_fields__
-        (fields if known else extra)[name] = value
+        if name in Explanation.__dataclass_fields__:
+            fields[name] = value
+        else:
+            extra[name] = value
     words = captioner.vocabulary.decode(token_ids)
     return Explanation(words=words, extra=extra, **fields)
 
 
 class _ExactConvolutions:
-    """How many explanations are under way, and whether convolutions may be inexact without them."""
+    """How many explanations are under way, and how the switch for TF32 was set before the first."""
 
     def __init__(self):
         self.lock = threading.Lock()

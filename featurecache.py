@@ -1,5 +1,4 @@
-"""The cache of a frozen encoder's features: one HDF5 file for all splits, float16, with what made
-it.
+"""The cache of a frozen encoder's features: one HDF5 file for all splits, which says what made it.
 
     SPLIT         (n, L, D) float16     a row an image, in the order of SPLIT.json
     SPLIT_done    (n,) bool             which rows are written
@@ -7,8 +6,8 @@ it.
     attributes: encoder, weights_hash, image_size, preprocessing, grid; of each SPLIT: files_hash
 
 The file is laid out in full, with holes, before the first row is written; from then on only bytes
-of rows and marks change. So it is whole whenever the writer is killed, and lacks no more than the
-batch that was on its way.
+of rows and marks change. So the file is whole whenever the writer is killed, and lacks no more than
+the batch that was being written.
 """
 
 import hashlib
@@ -94,8 +93,9 @@ def _room(file, name, shape, dtype):
 
 
 def _opened(path, mode):
-    """The file; for one step only: a worker forked while it is open would hold its lock for as long
-    as it lives."""
+    """The opened file. It is opened for one step at a time, since a worker that is forked meanwhile
+    would hold its lock for as long as the worker lives.
+    """
     try:
         return h5py.File(path, mode)
     except OSError as error:

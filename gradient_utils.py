@@ -1,9 +1,9 @@
 """Explanations from gradients: gradient, gradient x input, guided backpropagation, Grad-CAM,
 Guided Grad-CAM, attention.
 
-Each function takes what one backward pass gave for T words of B images, and returns fields of an
-`Explanation` (explanation.py) that it has something to say about: "image_relevance" (T, B, H, W) or
-None, "region_relevance" (T, B, L) and "word_relevance" (T, B, T). The arguments are alike for all:
+Each function takes what one backward pass gave for T words of B images, and returns fields of
+`Explanation` (explanation.py): "image_relevance" (T, B, H, W) or None, "region_relevance" (T, B, L)
+and "word_relevance" (T, B, T). All of them have the same arguments:
 
     leaves      {"image": images (B, 3, H, W), or None where there are only features;
                  "regions": features A (B, L, D); "words": embeddings of the inputs (B, T, E)},

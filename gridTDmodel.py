@@ -23,7 +23,9 @@ from lrp_utils import TRUE_GRADIENT
 
 
 class AdaptiveAttention(Captioner):
-    """What both share: global feature, visual sentinel, attention to regions and sentinel."""
+    """What both captioners share: global feature, visual sentinel, attention to regions and
+    sentinel.
+    """
 
     def __init__(self, config, vocabulary, encoder, input_dim):
         super().__init__(config, vocabulary, encoder)
@@ -143,9 +145,10 @@ class AdaptiveCaptioner(AdaptiveAttention):
         for n, length in enumerate(longest):
             of_caption = (hidden[:, n, :length], sentinel[:, n, :length])
             attended.append(self._attend(*of_caption, memory, rules))
-        context, alpha, beta = (
-            torch.stack(widened(parts, steps), dim=1) for parts in zip(*attended)
-        )
+        of_all_captions = []
+        for parts in zip(*attended):
+            of_all_captions.append(torch.stack(widened(parts, steps), dim=1))  # (B, N, T, ...)
+        context, alpha, beta = of_all_captions
         return Unrolled((context, hidden), alpha.unsqueeze(-2), beta.squeeze(-1))
 
     def _all_hidden_states(self, embeddings, memory, lengths):

@@ -1,4 +1,4 @@
-"""Pixels: reads an image file of any kind, and makes of it what an encoder takes."""
+"""Pixels: reading an image file of any kind, and making of it what an encoder takes."""
 
 import struct
 from contextlib import contextmanager

@@ -12,8 +12,8 @@ the relevance of any activation is value * c. Four small things differ from the 
   (Bach et al. 2015, eq. 60).
 
 `Rules` says what a captioner asks of the rules of an explanation. The captioners are written once,
-in these terms; `TrueGradient`, `LRP` and `AttnLRP` are the sets of rules there are.
-`AlphaOneBetaZero` changes the convolutions of any encoder from outside, for the time of a `with`.
+in these terms, for the sets of rules `TrueGradient`, `LRP` and `AttnLRP`. `AlphaOneBetaZero`
+changes the convolutions of any encoder from outside, for the time of a `with`.
 """
 
 from types import MappingProxyType

@@ -70,8 +70,8 @@ AT_LEAST_1 = (1, math.inf)
 AT_LEAST_0 = (0, math.inf)
 FRACTION = (0, 1)
 
-# What overrides the defaults of the flags, which are declared below. Those are what the authors'
-# code uses (§4 and the final version).
+# What overrides the defaults of the flags. The flags are declared below, and their own defaults
+# are those of the authors' code (§4 and the final version).
 PRESETS = {
     "paper": {},
     "scenes": {  # smaller and quicker, for an encoder that learns from nothing in a few minutes
@@ -86,7 +86,7 @@ PRESETS = {
         "augment": False,
         "pretrain_epochs": 4,
     },
-    # For few photographs and cached features, what a captioner of today gets: more dropout, a
+    # For few photographs and cached features, as one trains a captioner today: more dropout, a
     # higher learning rate for fewer epochs, and the average of the weights.
     "flickr8k": {
         "encoder": "inception_v3",
@@ -128,7 +128,7 @@ TUNING = {
 }
 FLICKR_ITERATIONS = 320
 
-DECIDING_FLAGS = [  # they decide about the defaults of others
+DECIDING_FLAGS = [  # the defaults of the other flags depend on these
     Flag("dataset", "name of a folder under data/, or its path", "scenes"),
     Flag(
         "preset",
@@ -170,10 +170,10 @@ MODEL_FLAGS = [
 ]
 TRAINING_FLAGS = [
     Flag("epochs", "passes over the training images", 20, limits=AT_LEAST_1),
-    Flag("batch_size", "images a step", 32, limits=AT_LEAST_1, repeated=True),
+    Flag("batch_size", "images in a step", 32, limits=AT_LEAST_1, repeated=True),
     Flag(
         "captions_per_image",
-        "captions of each image a step, 1 to 5",
+        "captions of each image in a step, 1 to 5",
         5,
         limits=(1, 5),
         modes=(CROSS_ENTROPY, "lrp_tune"),
@@ -197,25 +197,30 @@ TRAINING_FLAGS = [
         repeated=True,
     ),
     Flag("adam_beta1", "Adam's decay of the mean gradient", 0.8, limits=(0, 0.9999), repeated=True),
-    Flag("max_iterations", "stop after so many steps", type=int, limits=AT_LEAST_1),
+    Flag(
+        "max_iterations",
+        "stop after so many steps; None: only after the epochs",
+        type=int,
+        limits=AT_LEAST_1,
+    ),
     Flag(
         "grad_clip",
-        "clamp every gradient to +- this value, 0 for not",
+        "clamp every gradient to +- this value; 0: do not",
         0.1,
         limits=AT_LEAST_0,
         repeated=True,
     ),
     Flag(
         "grad_norm",
-        "scale the gradients down to this norm, 0 for not",
+        "scale the gradients down to this norm; 0: do not",
         0.0,
         limits=AT_LEAST_0,
         repeated=True,
     ),
     Flag(
         "ema_decay",
-        "validate and keep the exponential moving average of the weights, "
-        "0 for the weights themselves",
+        "validate and keep the exponential moving average of the weights; "
+        "0: the weights themselves",
         0.0,
         limits=FRACTION,
         repeated=True,
@@ -267,12 +272,12 @@ TRAINING_FLAGS = [
     Flag(
         "output",
         "where the captioner goes",
-        shown="checkpoints/DATASET-MODEL_TYPE[-MODE].pt; of LRP-inference also its form and "
-        "lambda if others than usual",
+        shown="checkpoints/DATASET-MODEL_TYPE[-MODE].pt; for LRP-inference also its form and "
+        "lambda if they are not the usual ones",
     ),
     Flag(
         "checkpoint_every",
-        "steps after which a training can be gone on with",
+        "steps from one checkpoint to the next, from which a training can be resumed",
         500,
         limits=AT_LEAST_1,
     ),
@@ -426,7 +431,7 @@ def choose_defaults(arguments):
 
 
 def chosen_mode(values):
-    """The mode whose flag is set among the values of flags."""
+    """The mode whose flag is set; values: {name of a flag: its value}."""
     for mode in TUNING_MODES:
         if values[mode]:
             return mode
@@ -553,7 +558,7 @@ def check_surroundings(output, batch_size):
 def load_trained(options, device):
     """The captioner to fine-tune, with the dropouts of this training.
 
-    UserError if it is not of the model_type that was asked for.
+    UserError if it is of another model_type than the one that was asked for.
     """
     trained = load_captioner(options.resume, device)
     model_type = trained.config.model_type
@@ -680,7 +685,7 @@ def train(options, device):
                 f"run preparedataset.py --features {captioner.encoder.name}"
             )
         cache_in_memory((train_set, val_set), device)
-        config = replace(config, workers=0)  # they would copy what is at hand
+        config = replace(config, workers=0)  # workers would copy what is in memory already
     tell_of_augmentation(options, train_set)
     references = [entry["captions"] for entry in train_set.entries]
     objective = build_objective(options.mode, captioner, references, options.objective)

@@ -5,9 +5,9 @@ with an interrupted training to the same end.
     trainer.resume(read_checkpoint("checkpoints/it.last.pt"))    # or trainer.begin()
     trainer.fit()
 
-Of an output it.pt, it.last.pt holds all that is needed to go on, it.jsonl a line of figures for
-each epoch, and it.training.png their curves. Before its captions an encoder may learn the objects
-in the images (`pretrain_encoder`).
+Beside the captioner it.pt, it.last.pt holds all that is needed to go on, it.jsonl a line of figures
+for each epoch, and it.training.png their curves. Before it meets captions, an encoder may learn to
+name the objects in the images (`pretrain_encoder`).
 """
 
 import copy
@@ -57,7 +57,7 @@ class TrainingConfig:
                       instead of the one with the best CIDEr
     epochs            passes over the training images
     max_iterations    stop after so many steps; None: only after the epochs
-    batch_size        images a step, of all processes together
+    batch_size        images in a step, of all processes together
     decoder_lr        learning rate of all but the encoder
     finetune_encoder  whether the encoder is trained too, with the learning rate encoder_lr
     schedule          one of SCHEDULES: "plateau" lowers the learning rates after epochs without a
@@ -70,7 +70,7 @@ class TrainingConfig:
                       training started from
     bfloat16          compute in bfloat16 where it is safe
     workers           processes that read images
-    checkpoint_every  steps after which a training can be gone on with
+    checkpoint_every  steps from one checkpoint to the next, from which a training can be resumed
     seed              of all random numbers
     """
 
@@ -139,18 +139,20 @@ class Trainer:
             self.progress.history.append(row)
             show(row)
         if distributed.is_main():
-            # It would be of an earlier training. This one, if torchrun started it again, would go
-            # on with that.
+            # It would be of an earlier training, and if torchrun restarted this one, that would be
+            # resumed instead.
             self.last.unlink(missing_ok=True)
 
     def resume(self, checkpoint):
         """Put back the state that an interrupted training saved in its .last.pt file.
 
-        checkpoint: the dict that `read_checkpoint` returns. UserError if it is of another
-        captioner, vocabulary or dataset, of a training with other settings, or of a longer or
-        shorter one whose learning rates fall from its first step to its last.
+        checkpoint: the dict that `read_checkpoint` returns. UserError if it is of no training, of
+        another captioner, vocabulary or dataset, of a training with other settings, or of a longer
+        or shorter one whose learning rates fall from its first step to its last.
         """
-        training = checkpoint["training"]
+        training = checkpoint.get("training")
+        if training is None:
+            raise UserError("this checkpoint is a finished captioner; resume from a .last.pt file")
         self._check_same_training(checkpoint)
         try:
             self.captioner.load_state_dict(checkpoint["state_dict"])
@@ -170,7 +172,7 @@ class Trainer:
         self.progress = Progress.from_state(training)
 
     def _check_same_training(self, checkpoint):
-        """Raise a UserError if settings, captioner or vocabulary of a checkpoint are others."""
+        """Raise a UserError if settings, captioner or vocabulary of a checkpoint differ."""
         settings = checkpoint["training"].get("flags")
         for name, value in (settings or {}).items():
             own = self.settings.get(name)
@@ -330,7 +332,7 @@ class Trainer:
 class TrainingStep(nn.Module):
     """What one step computes of a batch: the region features and the objective.
 
-    cached: whether the inputs are cached features, which the encoder need not compute; bfloat16:
+    cached: whether the inputs are cached features, so that the encoder has nothing to do; bfloat16:
     compute in bfloat16 where it is safe. DistributedDataParallel wraps this module.
     """
 
@@ -372,7 +374,7 @@ class WeightAverage:
         self._source_tensors = self._moving(captioner)
 
     def captioner(self):
-        """The captioner to keep: the very one that is trained if neither is wanted."""
+        """The captioner to keep: the trained one itself without a decay and a start_share."""
         if not self.start_share:
             return self.average
         kept = _frozen_copy(self.average)
@@ -438,7 +440,8 @@ class Progress:
     best         the best CIDEr so far
     sums         {name: sum of this figure over the steps of the epoch}
     history      the rows of the epochs that are done
-    recent       figures of the steps that were not read yet; on the device, in no checkpoint
+    recent       figures of the steps that were not read yet; they are on the device, and a
+                 checkpoint does not hold them
     """
 
     epoch: int = 1
@@ -548,7 +551,7 @@ def one_cycle(optimizer, steps):
 
 
 def clip_gradients(optimizer, largest, norm):
-    """Clamp every gradient to +- largest, and scale all down to a norm; 0 for not."""
+    """Clamp every gradient to +- largest, and scale all down to a norm; 0: do not."""
     parameters = []
     for group in optimizer.param_groups:
         parameters += group["params"]
@@ -586,7 +589,7 @@ def object_targets(dataset):
 def pretrain_encoder(encoder, dataset, epochs, config, device):
     """Teach an encoder which objects are in an image, before it meets a caption.
 
-    ImageNet has taught the paper's VGG16 so. The loss is the binary cross-entropy of a linear
+    The paper's VGG16 learnt that from ImageNet. The loss is the binary cross-entropy of a linear
     layer over the mean region feature, minimised by one cycle of Adam. Of the TrainingConfig this
     takes batch_size, encoder_lr, adam_beta1, bfloat16 and workers. UserError if the dataset has no
     annotated objects.
@@ -606,7 +609,7 @@ def pretrain_encoder(encoder, dataset, epochs, config, device):
     )
     scheduler = one_cycle(optimizer, epochs * len(loader))
     for epoch in range(1, epochs + 1):
-        dataset.epoch = -epoch  # augments otherwise than any epoch of captions
+        dataset.epoch = -epoch  # augments in another way than any epoch with captions
         bar = tqdm(
             loader, desc=f"objects, epoch {epoch}", leave=False, disable=not distributed.is_main()
         )

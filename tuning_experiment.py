@@ -37,7 +37,7 @@ from commandline import (
     write_json,
 )
 from decoding import decode_split
-from experiments.captions import captions_of
+from experiments.captions import captions_of, training_captions
 from featurecache import features_path
 
 ENCODER = "scenes_vgg"
@@ -82,7 +82,15 @@ FLAGS = [
         choices=MODELS,
         shown="all",
     ),
-    Flag("without", "settings to leave out", [], type=str, nargs="+", choices=SETTINGS),
+    Flag(
+        "without",
+        "settings to leave out",
+        [],
+        type=str,
+        nargs="+",
+        choices=SETTINGS,
+        shown="none",
+    ),
     Flag("epochs", "epochs of cross-entropy", 4, limits=(1, math.inf)),
     Flag("iterations", "steps of every fine-tuning", 150, limits=(1, math.inf)),
     Flag("jobs", "trainings side by side, each on one core", 2, limits=(1, math.inf)),
@@ -205,11 +213,10 @@ def training_flags(training, length):
 def metrics_of(checkpoint):
     """{"val", "habit", "chance": {metric: value}} of a captioner."""
     captioner = load_captioner(checkpoint)
-    train_entries = read_json(DATA / "train.json")
-    corpus = {index: entry["captions"] for index, entry in enumerate(train_entries)}
     splits = {"val": CaptionDataset(DATA, "val", features=ENCODER)}
     for name in TESTS:
         splits[name] = CaptionDataset(folder_of_test(name), "test", features=ENCODER)
+    corpus = training_captions(splits["val"])
     metrics = {}
     for name, dataset in splits.items():
         decoded = decode_split(captioner, dataset, workers=0)

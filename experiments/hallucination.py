@@ -1,4 +1,4 @@
-"""Hallucination (§4.3): does a word's map tell words that a reference says from those of none?
+"""Hallucination (§4.3): does a word's map tell whether any reference says the word?
 
 Each statistic of the map is a score, judged by its area under the ROC curve (AUC).
 """

@@ -28,7 +28,7 @@ def find_entities(root):
 
 
 def read_entities(folder, image, phrases):
-    """The objects of one image file in Flickr30k Entities, [] if it has none there.
+    """The objects of one image file in Flickr30k Entities, [] if the image is not in there.
 
     A box belongs to a chain of phrases in the sentences: "words" are their last words, its
     "category" is what these name, or the first of them where they name no category. Boxes are

@@ -310,3 +310,29 @@ def test_the_folded_encoder_is_made_once_for_the_same_weights(images):
         captioner.encoder.net[0].weight *= 2
     assert captioner.encoder.folded() is not first
     assert not torch.equal(captioner.encoder.folded()(images[:1]), before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_folded_encoder_follows_an_optimizer(images, fused):
+    captioner = random_captioner("scenes_vgg").float()
+    captioner.encoder.requires_grad_(True)
+    captioner.explain(images[:1], [["w1"]])
+    optimizer = torch.optim.Adam(captioner.encoder.parameters(), lr=0.1, fused=fused)
+    captioner.encoder(images[:1].float()).mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(
+        captioner.encoder.folded()(images[:1].float()),
+        captioner.encoder(images[:1].float()),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+def test_training_the_decoder_does_not_fold_the_encoder_again(images):
+    captioner = random_captioner("scenes_vgg").float()
+    captioner.encoder.requires_grad_(False)
+    first = captioner.encoder.folded()
+    optimizer = torch.optim.Adam(captioner.decoder_parameters(), fused=True)
+    captioner.fc.weight.sum().backward()
+    optimizer.step()
+    assert captioner.encoder.folded() is first

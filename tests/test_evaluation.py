@@ -101,6 +101,24 @@ def test_the_command_measures_a_split_and_writes_it(tmp_path, scenes, monkeypatc
     assert "names main object" in capsys.readouterr().out
 
 
+def test_only_one_process_scores_predictions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    write_json(tmp_path / "found.json", [{"image_id": 1, "caption": "a dog"}])
+    captions = {
+        "images": [{"id": 1, "file_name": "1.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "A dog."}],
+    }
+    write_json(tmp_path / "captions.json", captions)
+    files = ("--predictions", tmp_path / "found.json", "--annotations", tmp_path / "captions.json")
+    output = tmp_path / "scores.json"
+    evaluate(monkeypatch, *files, "--metrics", "diversity", "--output", output)
+    assert not output.exists() and capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    evaluate(monkeypatch, *files, "--metrics", "diversity", "--output", output)
+    assert output.exists()
+
+
 @pytest.mark.parametrize(
     "decoding, others",
     (

@@ -188,6 +188,8 @@ def test_a_trainer_needs_no_command(folder, tmp_path):
     assert [row["epoch"] for row in second.progress.history] == [1, 2, 3]
     with pytest.raises(UserError, match="had seed 0, not 1"):
         trainer(SMALL_CONFIG, {"seed": 1}).resume(last)
+    with pytest.raises(UserError, match="is a finished captioner"):
+        trainer(SMALL_CONFIG, settings).resume(read_checkpoint(tmp_path / "it.pt"))
 
 
 def test_the_figure_draws_what_the_history_holds():
