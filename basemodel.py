@@ -39,7 +39,7 @@ class CaptionerConfig:
     """The sizes of a captioner, saved in its checkpoint.
 
     model_type         one of captioner.MODELS
-    encoder            one of encoder.ENCODERS
+    encoder            an encoder's name, as encoder.encoder_spec has it
     embed_dim          E, the size of a word embedding
     hidden_dim         H, the size of the LSTMs' states and of the attention
     num_head           attention heads of the multi-head captioner

@@ -12,7 +12,7 @@ import torch
 from aoamodel import AoACaptioner
 from basemodel import CaptionerConfig, read_checkpoint
 from commandline import UserError
-from encoder import ENCODERS, Encoder
+from encoder import Encoder
 from explanation import METHODS, Explanation
 from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
 from vocabulary import Vocabulary
@@ -46,12 +46,12 @@ def load_captioner(path, device="cpu"):
     with torch.inference_mode(False):
         checkpoint = read_checkpoint(path, device)
         config = CaptionerConfig(**checkpoint["config"])
-        if config.encoder not in ENCODERS:
-            raise UserError(
-                f"{path} uses an encoder '{config.encoder}' that this version does not have"
-            )
         vocabulary = Vocabulary(checkpoint["vocabulary"])
-        captioner = build_captioner(config, vocabulary, Encoder(config.encoder))
+        try:
+            encoder = Encoder(config.encoder)
+        except UserError as error:
+            raise UserError(f"{path} cannot be loaded: {error}") from None
+        captioner = build_captioner(config, vocabulary, encoder)
         captioner.load_state_dict(checkpoint["state_dict"])
         captioner.encoder.to(memory_format=torch.channels_last)  # twice as fast on CPUs
         return captioner.to(device).eval()

@@ -3,12 +3,14 @@ vector of region i (paper §3.1).
 
     encoder = build_encoder("vgg16")                          # downloads torchvision's weights once
     encoder = build_encoder("squeezenet1_1", "weights.pth")   # a local state dict
+    encoder = build_encoder("timm/tf_efficientnet_lite2")     # any of timm's networks
     features = encoder(images)                                # (B, 3, 224, 224) -> (B, L, D)
 
 Images are ImageNet-normalised (images.py).
 """
 
 import copy
+import functools
 import hashlib
 import re
 from collections import OrderedDict
@@ -99,6 +101,7 @@ class EncoderSpec:
     grid          (h, w): how the L = h * w regions lie in the image
     scale         what the features are multiplied by, so that their mean is near that of VGG16's;
                   it is part of the encoder
+    mean, std     of the three colours, as the network wants its pixels normalised
     """
 
     layers: Callable
@@ -107,6 +110,8 @@ class EncoderSpec:
     image_size: int | None
     grid: tuple
     scale: float = 1.0
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
 
 
 ENCODERS = {
@@ -128,20 +133,101 @@ ENCODERS = {
 }
 
 
-class Encoder(nn.Module):
-    """A convolutional network whose last feature map is read as L = h * w region features.
+TIMM = "timm/"  # begins the names of timm's networks: timm/NAME or timm/NAME:SIZE
 
-    name: one of ENCODERS. Its weights are random; `build_encoder` loads some.
+
+def encoder_spec(name):
+    """The EncoderSpec of a row of ENCODERS, or of one of timm's networks.
+
+    name: as ENCODERS has it, or timm/NAME for a network of timm, at its own image size, or
+    timm/NAME:SIZE at another. UserError if there is no such encoder.
+    """
+    if name.startswith(TIMM):
+        return timm_spec(name)
+    if name not in ENCODERS:
+        known = ", ".join(ENCODERS)
+        raise UserError(f"there is no encoder '{name}'; choose from {known}, or timm/NAME")
+    return ENCODERS[name]
+
+
+@functools.cache
+def timm_spec(name):
+    """The EncoderSpec of timm's network called timm/NAME or timm/NAME:SIZE."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError("timm's networks need the package timm; pip install timm") from None
+    network_name, _, size = name.removeprefix(TIMM).partition(":")
+    if not timm.is_model(network_name):
+        raise UserError(f"timm has no network '{network_name}'; see timm.list_models()")
+    if size and not size.isdigit():
+        raise UserError(f"'{size}' in {name} is not an image size in pixels")
+    with torch.device("meta"):  # shapes only
+        network = timm.create_model(network_name, pretrained=False, num_classes=0)
+    defaults = network.pretrained_cfg
+    image_size = int(size) if size else defaults["input_size"][-1]
+    layers = functools.partial(TimmFeatures, network_name, image_size)
+    with torch.device("meta"):
+        maps = layers().eval()(torch.zeros(1, 3, image_size, image_size))
+    return EncoderSpec(
+        layers,
+        network_name,
+        out_channels=maps.shape[1],
+        image_size=image_size,
+        grid=tuple(maps.shape[2:]),
+        mean=tuple(defaults["mean"]),
+        std=tuple(defaults["std"]),
+    )
+
+
+class TimmFeatures(nn.Module):
+    """The features of one of timm's networks as a map: (B, 3, S, S) -> (B, D, h, w).
+
+    What the network has for classifying only is left out. The weights are random.
+    """
+
+    def __init__(self, network_name, image_size):
+        super().__init__()
+        import timm
+
+        options = {"pretrained": False, "num_classes": 0}
+        default_size = timm.get_pretrained_cfg(network_name).input_size[-1]
+        if image_size != default_size and timm.get_pretrained_cfg(network_name).fixed_input_size:
+            options["img_size"] = image_size
+        self.model = timm.create_model(network_name, **options)
+        self.model.global_pool = nn.Identity()
+        for head in ("head", "pre_logits", "fc_norm"):
+            if isinstance(getattr(self.model, head, None), nn.Module):
+                setattr(self.model, head, nn.Identity())
+
+    def forward(self, images):
+        """images (B, 3, S, S) -> features (B, D, h, w); tokens are laid out as a square."""
+        features = self.model.forward_features(images)
+        if features.dim() == 3:  # tokens (B, N, D), some of which stand for the whole image
+            tokens = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            side = round(tokens.shape[1] ** 0.5)
+            return tokens.transpose(1, 2).unflatten(2, (side, side))
+        if features.shape[-1] == self.model.num_features != features.shape[1]:
+            return features.permute(0, 3, 1, 2)
+        return features
+
+
+class Encoder(nn.Module):
+    """A network whose last feature map is read as L = h * w region features.
+
+    name: as `encoder_spec` has it. Its weights are random; `build_encoder` loads some.
     """
 
     def __init__(self, name):
         super().__init__()
-        spec = ENCODERS[name]
+        spec = encoder_spec(name)
         self.name = name
         self.out_channels = spec.out_channels
         self.image_size = spec.image_size
         self.grid = spec.grid
         self.scale = spec.scale
+        self.mean = spec.mean
+        self.std = spec.std
         self.net = spec.layers()
         self._folded = None  # (state of the weights, the encoder folded from them)
 
@@ -155,9 +241,26 @@ class Encoder(nn.Module):
 
         Given features are returned as they are.
         """
-        if self.given:
+        return self.regions(self.own_pixels(images))
+
+    def own_pixels(self, images):
+        """Images (B, 3, S, S), ImageNet-normalised -> normalised as the network wants them.
+
+        Given features are returned as they are.
+        """
+        if self.given or (self.mean == IMAGENET_MEAN and self.std == IMAGENET_STD):
             return images
-        maps = self.net(images)  # (B, D, h, w)
+        imagenet_mean, imagenet_std, mean, std = (
+            images.new_tensor(values).view(3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD, self.mean, self.std)
+        )
+        return (images * imagenet_std + imagenet_mean - mean) / std
+
+    def regions(self, pixels):
+        """What `own_pixels` returns -> region features (B, L, D)."""
+        if self.given:
+            return pixels
+        maps = self.net(pixels)  # (B, D, h, w)
         return maps.flatten(2).transpose(1, 2) * self.scale
 
     def region_mask(self, features):
@@ -195,7 +298,7 @@ class Encoder(nn.Module):
             raise UserError("an image has no region: its features are all zero")
 
     def folded(self):
-        """This encoder in eval mode, with every batch-norm merged into its convolution.
+        """This encoder in eval mode, with every batch-norm merged into the convolution before it.
 
         LRP needs it in this form. It is kept until the weights change. A change through `.data` is
         not noticed.
@@ -209,6 +312,8 @@ class Encoder(nn.Module):
             folded.training = False
             folded._modules = {"net": fold_batch_norm(copy.deepcopy(self.net).eval())}
             folded._folded = None
+            if self.name.startswith(TIMM) and not self._computes_the_same(folded):
+                folded = eval_view(self)
             kept = (state, folded)
             self._folded = kept
         return kept[1]
@@ -220,6 +325,30 @@ class Encoder(nn.Module):
         ]
         trained = any(parameter.requires_grad for parameter in self.parameters())
         return tensors, _optimizer_steps if trained else None
+
+    @torch.no_grad()
+    def _computes_the_same(self, folded):
+        """Whether a folded encoder is right: whether its batch-norms did follow the convolutions
+        that they were merged into, as they do in most networks.
+        """
+        weight = next(self.parameters())
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(1, 3, self.image_size, self.image_size, generator=generator)
+        pixels = pixels.to(weight)
+        expected = eval_view(self).regions(pixels)
+        difference = (folded.regions(pixels) - expected).abs().max()
+        return bool(difference <= 1e-3 * expected.abs().max())
+
+    def check_lrp_rules(self):
+        """Raise a UserError if LRP has no rule for something in the network."""
+        for name, module in self.folded().net.named_modules():
+            whole = next(module.children(), None) is None or isinstance(module, BatchNorm)
+            if whole and not isinstance(module, LRP_MODULES):
+                kind = type(module).__name__
+                raise UserError(
+                    f"LRP has no rule for {kind} ({name}) of the encoder {self.name}; "
+                    "the gradient methods explain it"
+                )
 
     def weights_hash(self):
         """16 hex digits that tell this encoder from any other.
@@ -260,17 +389,40 @@ def eval_view(module):
     return view
 
 
+# What LRP has rules for, or needs none for, in a network whose batch-norms are merged. (What is
+# called as a function instead of a module is not seen here.)
+BatchNorm = nn.modules.batchnorm._BatchNorm
+LRP_MODULES = (
+    nn.Conv2d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Identity,
+)
+
+
 def fold_batch_norm(module):
     """Merge every batch-norm into the convolution before it among its parent's children, in place.
 
-    Returns the module.
+    What timm's batch-norms do besides, the activation, stays in their place. A batch-norm that
+    stands behind something else than a convolution of its size is left as it is. Returns the
+    module.
     """
     before = None
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d):
-            module._modules[before] = fuse_conv_bn_eval(module._modules[before], child)
-            module._modules[name] = nn.Identity()
-        fold_batch_norm(child)
+        convolution = module._modules.get(before)
+        if (
+            isinstance(child, nn.BatchNorm2d)
+            and isinstance(convolution, nn.Conv2d)
+            and convolution.out_channels == child.num_features
+        ):
+            module._modules[before] = fuse_conv_bn_eval(convolution, child)
+            module._modules[name] = getattr(child, "act", nn.Identity())
+        else:
+            fold_batch_norm(child)
         before = name
     return module
 
@@ -278,17 +430,21 @@ def fold_batch_norm(module):
 def build_encoder(name, weights=None):
     """The encoder called `name`, in eval mode and frozen.
 
-    weights: None for torchvision's ImageNet weights (random ones for an encoder that has none),
-    "random", or the file of a state dict: of torchvision's whole network, of an Encoder, or of a
-    captioner. UserError for an unknown name, or weights that cannot be had.
+    name: as `encoder_spec` has it; weights: None for torchvision's or timm's ImageNet weights
+    (random ones for an encoder that has none), "random", or the file of a state dict: of
+    torchvision's or timm's whole network, of an Encoder, or of a captioner. UserError for an
+    unknown name, or weights that cannot be had.
     """
-    if name not in ENCODERS:
-        raise UserError(f"there is no encoder '{name}'; choose from {', '.join(ENCODERS)}")
     encoder = Encoder(name)
     if has_learnt(name, weights):
-        pretrained = ENCODERS[name].pretrained
-        state = _download(pretrained) if weights is None else _read_state_dict(weights)
-        _load_weights(encoder.net, state, weights or f"torchvision's {pretrained}")
+        pretrained = encoder_spec(name).pretrained
+        if weights is not None:
+            state = _read_state_dict(weights)
+        elif name.startswith(TIMM):
+            state = _download_timm(pretrained)
+        else:
+            state = _download(pretrained)
+        _load_weights(encoder.net, state, weights or f"the published {pretrained}")
         if pretrained == "inception_v3" and _is_torchvision_inception(state):
             _fold_input_transform(encoder.net.Conv2d_1a_3x3)
     return encoder.eval().requires_grad_(False)
@@ -297,7 +453,7 @@ def build_encoder(name, weights=None):
 def has_learnt(name, weights):
     """Whether `build_encoder(name, weights)` finds weights rather than draws random ones."""
     if weights is None:
-        return ENCODERS[name].pretrained is not None
+        return encoder_spec(name).pretrained is not None
     return weights != "random"
 
 
@@ -309,6 +465,19 @@ def _download(pretrained):
     except (URLError, OSError) as error:
         raise UserError(
             f"the ImageNet weights of {pretrained} could not be downloaded ({error}); "
+            "give a file as encoder_weights, or 'random'"
+        ) from None
+
+
+def _download_timm(network_name):
+    import timm
+
+    try:
+        return timm.create_model(network_name, pretrained=True).state_dict()
+    except Exception as error:  # the hub's client raises many kinds where there is no network
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"timm could not load the weights of {network_name} ({reason}); "
             "give a file as encoder_weights, or 'random'"
         ) from None
 
@@ -331,13 +500,14 @@ def _load_weights(net, state_dict, source):
 
     UserError if it is of another network.
     """
-    prefixes = re.compile(r"^(features\.|(encoder\.)?net\.)")
+    prefixes = re.compile(r"^((encoder\.)?net\.)?(features\.|model\.)?")
     available = {prefixes.sub("", key): value for key, value in state_dict.items()}
     try:
         wanted = {}
         for key in net.state_dict():
-            if key in available or "num_batches" not in key:  # old files lack these counts
-                wanted[key] = available[key]
+            bare = prefixes.sub("", key)
+            if bare in available or "num_batches" not in key:  # old files lack these counts
+                wanted[key] = available[bare]
         net.load_state_dict(wanted, strict=False)
     except (KeyError, RuntimeError):
         raise UserError(f"{source} does not hold the weights of this encoder") from None

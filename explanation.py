@@ -61,8 +61,14 @@ def needs_pixels(captioner):
         )
 
 
+def needs_lrp_rules(captioner):
+    """Raise a UserError for a captioner whose encoder LRP has no rules for."""
+    captioner.encoder.check_lrp_rules()
+
+
 def needs_dot_product_attention(captioner):
-    """Raise a UserError for a captioner whose attention AttnLRP has no rules for."""
+    """Raise a UserError for a captioner that AttnLRP has no rules for."""
+    needs_lrp_rules(captioner)
     if not captioner.dot_product_attention:
         raise UserError(
             "only LRP of the multi-head captioner (aoa) can go through the attention scores"
@@ -70,7 +76,7 @@ def needs_dot_product_attention(captioner):
 
 
 METHODS = {
-    "lrp": Method(LRP, AlphaOneBetaZero, input_x_gradient),
+    "lrp": Method(LRP, AlphaOneBetaZero, input_x_gradient, check=needs_lrp_rules),
     "attnlrp": Method(
         AttnLRP, AlphaOneBetaZero, input_x_gradient, check=needs_dot_product_attention
     ),
@@ -249,9 +255,10 @@ def explained_forward(captioner, images, inputs, targets, method):
     rules = method.rules()
     rules.watched = {name: [] for name in method.leaves}
     through_encoder = method.pixels and not encoder.given
-    images = images.detach().requires_grad_(through_encoder)
+    # The relevance of a pixel is that of what the network sees of it.
+    images = encoder.own_pixels(images).detach().requires_grad_(through_encoder)
     with method.encoder():
-        features = encoder(images)
+        features = encoder.regions(images)
     if not through_encoder:
         features = features.detach().requires_grad_()
     embeddings = captioner.embedding(inputs).detach().requires_grad_()

@@ -27,16 +27,21 @@ from commandline import UserError, write_atomically
 READ_AT_ONCE = 256  # rows
 
 
+def file_name(encoder):
+    """An encoder's name as a part of a file's name; timm/NAME has a slash."""
+    return encoder.replace("/", "-")
+
+
 def features_path(folder, encoder, version=0):
     """Where the features of the encoder called `encoder` are cached; version 1, 2, ...: of
     augmented images."""
     ending = f"-augmented{version}" if version else ""
-    return Path(folder) / f"features-{encoder}{ending}.h5"
+    return Path(folder) / f"features-{file_name(encoder)}{ending}.h5"
 
 
 def encoder_path(folder, encoder):
     """Where the weights of the encoder that made the cached features lie (a state dict)."""
-    return Path(folder) / f"encoder-{encoder}.pt"
+    return Path(folder) / f"encoder-{file_name(encoder)}.pt"
 
 
 def versions_of(folder, encoder):

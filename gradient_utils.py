@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from lrp_utils import is_relu6
+
 
 class GuidedReLU(TorchFunctionMode):
     """`with GuidedReLU():` makes every ReLU called inside let back only positive gradients.
 
-    Springenberg et al. (2015).
+    Springenberg et al. (2015). So does ReLU6, where it is not cut off.
     """
 
     FUNCTIONS = {F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
@@ -30,20 +32,22 @@ class GuidedReLU(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in self.FUNCTIONS:
             return _GuidedReLU.apply(kwargs["input"] if "input" in kwargs else args[0])
+        if is_relu6(function, args, kwargs):
+            return _GuidedReLU.apply(kwargs["input"] if "input" in kwargs else args[0], 6)
         return function(*args, **kwargs)
 
 
 class _GuidedReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        y = x.clamp(min=0)
-        ctx.save_for_backward(y > 0)
+    def forward(ctx, x, greatest=torch.inf):
+        y = x.clamp(0, greatest)
+        ctx.save_for_backward((x > 0) & (x < greatest))
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         (active,) = ctx.saved_tensors
-        return gradient.clamp(min=0) * active
+        return gradient.clamp(min=0) * active, None
 
 
 def gradient(leaves, gradients, attention, grid):

@@ -241,7 +241,8 @@ class AlphaOneBetaZero(TorchFunctionMode):
     """`with AlphaOneBetaZero():` explains every 2-d convolution called inside by alpha1-beta0.
 
     Every sum of two tensors, such as a residual connection's, is explained in proportion to its
-    parts by the epsilon-rule. ReLU, max-pooling (winner takes all), average pooling and
+    parts by the epsilon-rule. ReLU6 passes relevance, also where it is cut off at 6, and there its
+    gradient would not. ReLU, max-pooling (winner takes all), average pooling and
     concatenation need no rule: their gradient hands on c = R / value as LRP wants. The network
     itself is not touched. Batch-norm has to be folded into its convolution before.
     """
@@ -254,9 +255,26 @@ class AlphaOneBetaZero(TorchFunctionMode):
             return _explained_convolution(*args, **kwargs)
         if function in self.SUMS:
             return _explained_sum(*args, **kwargs)
+        if is_relu6(function, args, kwargs):
+            return _passing_relu6(kwargs["input"] if "input" in kwargs else args[0])
         if function is torch.Tensor.add_:
             return args[0].copy_(_explained_sum(*args, **kwargs))
         return function(*args, **kwargs)
+
+
+def is_relu6(function, arguments, keywords):
+    """Whether a function that is called so is ReLU6, which PyTorch's module calls hardtanh."""
+    if function is F.hardtanh:
+        bounds = [*arguments[1:3], keywords.get("min_val"), keywords.get("max_val")]
+        return [bound for bound in bounds if bound is not None] == [0, 6]
+    return function is F.relu6
+
+
+def _passing_relu6(x):
+    """ReLU6 with R(x) = R(ReLU6(x)): its backward is ReLU6(x) / x, and 0 where x <= 0."""
+    value = x.detach()
+    output = value.clamp(0, 6)
+    return _ScaledBackward.apply(x, output, safe_ratio(output, value.clamp(min=0)))
 
 
 def _explained_sum(input, other, **options):

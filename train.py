@@ -52,7 +52,7 @@ from commandline import (
     set_seed,
 )
 from decoding import add_decoding_flags, decoding_options
-from encoder import ENCODERS, build_encoder, has_learnt
+from encoder import ENCODERS, build_encoder, encoder_spec, has_learnt
 from featurecache import encoder_path, features_path, versions_of
 from images import image_transform
 from objectives import CROSS_ENTROPY, TUNING_MODES, ObjectiveConfig, build_objective
@@ -69,6 +69,13 @@ MODE_NAMES = {  # what messages call the modes
 AT_LEAST_1 = (1, math.inf)
 AT_LEAST_0 = (0, math.inf)
 FRACTION = (0, 1)
+
+
+def known_encoder(name):
+    """The name of an encoder; UserError if there is none of that name."""
+    encoder_spec(name)
+    return name
+
 
 # What overrides the defaults of the flags. The flags are declared below, and their own defaults
 # are those of the authors' code (§4 and the final version).
@@ -139,7 +146,14 @@ DECIDING_FLAGS = [  # the defaults of the other flags depend on these
     Flag("model_type", "the captioner", "gridtd", choices=MODELS),
 ]
 MODEL_FLAGS = [
-    Flag("encoder", "the image encoder", "vgg16", choices=ENCODERS, modes=FROM_START),
+    Flag(
+        "encoder",
+        f"the image encoder: {', '.join(ENCODERS)}, or timm/NAME for any network of timm",
+        "vgg16",
+        type=known_encoder,
+        metavar="NAME",
+        modes=FROM_START,
+    ),
     Flag(
         "encoder_weights",
         "state dict file, or 'random'",
@@ -581,7 +595,7 @@ def load_datasets(options, trained=None):
     """
     folder = options.folder
     encoder = trained.config.encoder if trained else options.captioner.encoder
-    image_size = ENCODERS[encoder].image_size
+    image_size = encoder_spec(encoder).image_size
     if options.needs_pixels and image_size is None:
         raise UserError(
             f"{options.needs_pixels} needs pixels, and {encoder} features come without them"

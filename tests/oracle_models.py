@@ -398,8 +398,15 @@ def graph_forward(node, x):
         case ("conv", weight, bias, stride, padding):
             y = conv(x, np.asarray(weight, dtype=np.float64), stride, padding)
             return y if bias is None else y + np.asarray(bias, dtype=np.float64)[:, None, None]
+        case ("grouped_conv", weight, bias, stride, padding, groups):
+            return grouped(x, weight, bias, stride, padding, groups)
+        case ("same_conv", weight, bias, stride, groups):
+            padded = np.pad(x, same_padding(x, weight, stride))
+            return grouped(padded, weight, bias, stride, 0, groups)
         case ("relu",):
             return np.maximum(x, 0)
+        case ("relu6",):
+            return np.clip(x, 0, 6)
         case ("maxpool", kernel, stride):
             return maxpool(x, kernel, stride)
         case ("maxpool", kernel, stride, padding, ceil_mode):
@@ -408,6 +415,43 @@ def graph_forward(node, x):
         case ("avgpool", kernel, stride, padding):
             return avgpool(x, kernel, stride, padding)
     raise ValueError(f"unknown node {node[0]!r} with {len(node) - 1} settings")
+
+
+def grouped(x, weight, bias, stride, padding, groups):
+    """A convolution in groups: each takes channels of x, and makes channels of the output."""
+    biases = np.zeros(len(weight)) if bias is None else bias
+    parts = zip(np.split(x, groups), np.split(weight, groups), np.split(biases, groups))
+    nodes = []
+    for part, own_weight, own_bias in parts:
+        nodes.append(graph_forward(("conv", own_weight, own_bias, stride, padding), part))
+    return np.concatenate(nodes)
+
+
+def grouped_lrp(x, R, weight, stride, padding, groups):
+    """Every group takes back the relevance of the channels that it made."""
+    weights = np.split(np.asarray(weight, dtype=np.float64), groups)
+    parts = zip(np.split(x, groups), np.split(R, groups), weights)
+    return np.concatenate([conv_lrp(own, own_R, w, stride, padding) for own, own_R, w in parts])
+
+
+def same_padding(x, weight, stride):
+    """TensorFlow's padding, as np.pad has it: the output has a side of ceil(side / stride).
+
+    What cannot be split evenly goes to the right and to the bottom.
+    """
+    padding = [(0, 0)]
+    for side, kernel, step in zip(x.shape[1:], weight.shape[2:], stride):
+        total = max((-(-side // step) - 1) * step + kernel - side, 0)
+        padding.append((total // 2, total - total // 2))
+    return padding
+
+
+def same_conv_lrp(x, R, weight, stride, groups):
+    """What falls on the padding is nothing, for its pixels are zero."""
+    padding = same_padding(x, weight, stride)
+    found = grouped_lrp(np.pad(x, padding), R, weight, stride, 0, groups)
+    (_, (top, _), (left, _)) = padding
+    return found[:, top : top + x.shape[1], left : left + x.shape[2]]
 
 
 def sequence_lrp(nodes, x, R, epsilon):
@@ -442,7 +486,9 @@ def graph_lrp(node, x, R_out, epsilon=0.01):
 
     Nodes: ("sequence", [nodes]), empty for the identity; ("concat", [nodes]), the channels of
     branches over one input; ("residual", main, shortcut); ("conv", weight (O,C,kh,kw), bias (O,) or
-    None, stride, padding); ("relu",); ("maxpool", kernel, stride[, padding, ceil_mode]);
+    None, stride, padding); ("grouped_conv", the same, groups); ("same_conv", weight, bias, stride,
+    groups), padded as TensorFlow does; ("relu",); ("relu6",), which passes relevance where it is
+    cut off too; ("maxpool", kernel, stride[, padding, ceil_mode]);
     ("avgpool", kernel, stride, padding). Kernels, strides and paddings are numbers or pairs
     (vertical, horizontal). Convolutions follow alpha1-beta0; epsilon is that of residual sums only.
     ValueError for an unknown node.
@@ -458,7 +504,11 @@ def graph_lrp(node, x, R_out, epsilon=0.01):
             return residual_lrp(main, shortcut, x, R, epsilon)
         case ("conv", weight, _, stride, padding):
             return conv_lrp(x, R, np.asarray(weight, dtype=np.float64), stride, padding)
-        case ("relu",):
+        case ("grouped_conv", weight, _, stride, padding, groups):
+            return grouped_lrp(x, R, weight, stride, padding, groups)
+        case ("same_conv", weight, _, stride, groups):
+            return same_conv_lrp(x, R, weight, stride, groups)
+        case ("relu",) | ("relu6",):
             return R
         case ("maxpool", *settings) if len(settings) in (2, 4):
             return padded_maxpool_lrp(x, R, *settings)
