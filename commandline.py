@@ -133,7 +133,9 @@ class CommandLine(argparse.ArgumentParser):
     """A parser whose complaints are one line; argparse's own usage would fill a screen."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
 
     def given(self, args):
         """The names of the flags whose value is not their default."""
