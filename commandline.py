@@ -66,6 +66,7 @@ class Flag:
     help      one line, to which the default is added
     default   the value if the flag is not given. Unless `type` says otherwise, its type is the
               flag's type; False or True makes a pair --name and --no-name
+    switch    whether there is only --name, which turns False into True
     type      a function of the text, where the default does not tell it
     choices   the values that are allowed
     limits    the least and the greatest value that are allowed
@@ -78,6 +79,7 @@ class Flag:
     name: str
     help: str
     default: object = None
+    switch: bool = False
     type: object = None
     choices: object = None
     limits: tuple = (-math.inf, math.inf)
@@ -93,7 +95,9 @@ def add_flags(parser, flags):
     for flag in flags:
         shown = "%(default)s" if flag.shown is None else flag.shown
         options = {"default": flag.default, "help": f"{flag.help} (default: {shown})"}
-        if isinstance(flag.default, bool):
+        if flag.switch:
+            options = {"action": "store_true", "help": flag.help}
+        elif isinstance(flag.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = flag.type or (str if flag.default is None else type(flag.default))

@@ -61,6 +61,7 @@ FLAGS = [
         "for the method lrp: go through the attention scores of a multi-head captioner too, as "
         "the method attnlrp does",
         default=False,
+        switch=True,
     ),
     Flag("caption", "explain this caption", shown="the captioner's own"),
     Flag("output", "folder for what is written", default="explanations"),

@@ -55,23 +55,22 @@ def describe(info):
     summary = info["summary"]
     for split, kept in info["splits"].items():
         counts = summary[split]
-        reasons = [f"{DROPPED[name]} {counts[name]}" for name in DROPPED if counts[name]]
+        reasons = [f"{counts[name]} {DROPPED[name]}" for name in DROPPED if counts[name]]
         dropped = ", ".join(reasons) or "nothing"
         yield (
-            f"{split}: read images {counts['images_read']}, captions {counts['captions_read']}; "
+            f"{split}: read {counts['images_read']} images, {counts['captions_read']} captions; "
             f"dropped {dropped}"
         )
         unknown = counts["words_unknown"]
         yield (
-            f"    kept images {kept}, "
-            f"of them without boxes of objects {counts['images_without_boxes']}; "
-            f"words {counts['words']}, of them <unk> {unknown} ({unknown / counts['words']:.1%})"
+            f"    kept {kept} images, {counts['images_without_boxes']} without boxes of objects; "
+            f"{counts['words']} words, {unknown} of them <unk> ({unknown / counts['words']:.1%})"
         )
     if summary["images_unused"]:
-        yield f"in no split: images {summary['images_unused']}, more than train and val take"
+        yield f"in no split: {summary['images_unused']} images, more than train and val take"
     yield (
-        f"vocabulary: {summary['vocabulary']} words that occur in train {info['min_word_freq']} "
-        "times or more, and <pad>, <unk>, <start>, <end>"
+        f"vocabulary: {summary['vocabulary']} words that occur in train at least "
+        f"{info['min_word_freq']} times, and <pad>, <unk>, <start>, <end>"
     )
 
 

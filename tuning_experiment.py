@@ -94,7 +94,7 @@ FLAGS = [
     Flag("epochs", "epochs of cross-entropy", 4, limits=(1, math.inf)),
     Flag("iterations", "steps of every fine-tuning", 150, limits=(1, math.inf)),
     Flag("jobs", "trainings side by side, each on one core", 2, limits=(1, math.inf)),
-    Flag("table", "train nothing", False),
+    Flag("table", "train nothing", False, switch=True),
 ]
 
 

@@ -185,12 +185,13 @@ def test_the_summary_tells_what_was_read_and_dropped_and_why(flickr, tmp_path):
 
     edit(flickr / "dataset_flickr8k.json", change)
     assert list(describe(prepare("flickr8k", flickr, tmp_path / "out", max_length=5))) == [
-        "train: read images 3, captions 10; dropped captions without a word 1, "
-        "captions longer than --max_length 1, images left without a caption 1",
-        "    kept images 2, of them without boxes of objects 2; words 26, of them <unk> 1 (3.8%)",
-        "val: read images 1, captions 5; dropped nothing",
-        "    kept images 1, of them without boxes of objects 1; words 20, of them <unk> 5 (25.0%)",
-        "vocabulary: 4 words that occur in train 3 times or more, and <pad>, <unk>, <start>, <end>",
+        "train: read 3 images, 10 captions; dropped 1 captions without a word, "
+        "1 captions longer than --max_length, 1 images left without a caption",
+        "    kept 2 images, 2 without boxes of objects; 26 words, 1 of them <unk> (3.8%)",
+        "val: read 1 images, 5 captions; dropped nothing",
+        "    kept 1 images, 1 without boxes of objects; 20 words, 5 of them <unk> (25.0%)",
+        "vocabulary: 4 words that occur in train at least 3 times, "
+        "and <pad>, <unk>, <start>, <end>",
     ]
 
 
