@@ -7,7 +7,7 @@ caption is a list of token ids without `<start>` and `<end>`.
 
 Of a captioner a decoder uses its vocabulary, `image_memory(features)`, `initial_state(memory, n)`
 and `next_words(token_ids, state, memory)`; see basemodel.py. `decode` calls a decoder by its name;
-`captioned` and `decode_split` caption a whole split of a dataset.
+`captioned` and `decode_split` caption a whole split of a dataset, `caption_files` image files.
 """
 
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import distributed
 from commandline import Flag, UserError, add_flags, check_limits
+from images import image_transform, load_image
 
 BAD_ENDINGS = (
     *("with", "in", "on", "of", "at", "to", "for"),
@@ -518,6 +519,24 @@ def decode_split(captioner, dataset, batch_size=64, workers=2, **decoding):
     found = {}
     for indices, _, captions in captioned(captioner, dataset, batch_size, workers, **decoding):
         found.update(zip(indices, captions))
+    return distributed.gathered(found)
+
+
+def caption_files(captioner, files, batch_size=64, **decoding):
+    """Caption image files, by all processes together: {file: caption}, in every process.
+
+    decoding: what `captioner.caption` takes besides the images. UserError for a captioner of
+    bottom-up features, or a damaged image.
+    """
+    if captioner.encoder.given:
+        raise UserError("bottom-up features are not made here, so this captioner takes no images")
+    transform = image_transform(captioner.encoder.image_size)
+    starts = distributed.shared(range(0, len(files), batch_size))
+    found = {}
+    for start in tqdm(starts, desc="captioning", leave=False, disable=not distributed.is_main()):
+        batch = files[start : start + batch_size]
+        images = torch.stack([transform(load_image(file)) for file in batch])
+        found.update(zip(batch, captioner.caption(images, **decoding)))
     return distributed.gathered(found)
 
 

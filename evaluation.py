@@ -4,6 +4,7 @@
     python evaluation.py --experiment all             # also the paper's experiments (experiments/)
     python evaluation.py --checkpoint checkpoints/flickr8k-aoa.pt --dataset flickr8k --split val
     python evaluation.py --predictions results.json --annotations captions_val2017.json
+    python evaluation.py --checkpoint checkpoints/flickr8k.pt --images FOLDER   # only captions
     torchrun --nproc_per_node=4 evaluation.py ...     # the same figures, by four processes
 
 Prints a table and writes it, with the captions, as JSON. A metric that lacks a tool (Java, SPICE's
@@ -35,7 +36,7 @@ from commandline import (
     write_atomically,
     write_json,
 )
-from decoding import add_decoding_flags, decoding_flags, decoding_options
+from decoding import add_decoding_flags, caption_files, decoding_flags, decoding_options
 from experiments import EXPERIMENTS
 from experiments.captions import (
     caption_split,
@@ -46,17 +47,23 @@ from experiments.captions import (
 from experiments.case import Setting
 from experiments.records import examine_split, header_of
 from experiments.tables import markdown_table, tables_of
+from images import image_files
 from plots import save_figure
 from pycocoevalcap.chair.chair import object_phrases
 from readers.coco import read_instances, read_predictions, read_references
 
 # A mode is what is measured; the values are what messages call it.
-MODES = {"captioner": "a captioner", "predictions": "--predictions"}
+MODES = {
+    "captioner": "a captioner of a dataset",
+    "images": "--images",
+    "predictions": "--predictions",
+}
 CAPTIONER = ("captioner",)
+SPEAKING = ("captioner", "images")
 PREDICTIONS = ("predictions",)
 
 FLAGS = [
-    Flag("checkpoint", "the captioner", "checkpoints/scenes-gridtd.pt", modes=CAPTIONER),
+    Flag("checkpoint", "the captioner", "checkpoints/scenes-gridtd.pt", modes=SPEAKING),
     Flag("dataset", "name of a folder under data/, or its path", "scenes", modes=CAPTIONER),
     Flag("split", "train, val or test", "test", modes=CAPTIONER),
     Flag(
@@ -85,14 +92,21 @@ FLAGS = [
         type=int,
         limits=(1, math.inf),
         shown="all",
-        modes=CAPTIONER,
+        modes=SPEAKING,
     ),
-    Flag("batch_size", "images captioned at once", 64, limits=(1, math.inf), modes=CAPTIONER),
+    Flag("batch_size", "images captioned at once", 64, limits=(1, math.inf), modes=SPEAKING),
     Flag("workers", "processes that read images", 2, limits=(0, math.inf), modes=CAPTIONER),
+    Flag(
+        "images",
+        "only caption the images of this folder, and write the captions in COCO's results format",
+        metavar="FOLDER",
+        shown="none",
+    ),
     Flag(
         "output",
         "JSON file of the results",
-        shown="results/CHECKPOINT-DATASET-SPLIT.json, or results/PREDICTIONS-metrics.json",
+        shown="results/CHECKPOINT-DATASET-SPLIT.json, results/CHECKPOINT-FOLDER-captions.json, or "
+        "results/PREDICTIONS-metrics.json",
     ),
 ]
 PREDICTIONS_FLAGS = [
@@ -176,9 +190,12 @@ def parse_arguments():
     if args.output is not None and (not output_stem(args).name or Path(args.output).is_dir()):
         raise UserError(f"--output {args.output} is not the name of a .json file")
     given = set(parser.given(args))
-    mode = "predictions" if args.predictions else "captioner"
-    of_decoding = [replace(flag, modes=CAPTIONER) for flag in decoding_flags()]
-    check_modes(given, [*FLAGS, *PREDICTIONS_FLAGS, *of_decoding], mode, MODES)
+    if args.predictions and args.images:
+        raise UserError("--images are to be captioned, and --predictions are captions already")
+    mode = chosen_mode(args)
+    of_decoding = [replace(flag, modes=SPEAKING) for flag in decoding_flags()]
+    of_metrics = [replace(flag, modes=("captioner", "predictions")) for flag in METRIC_FLAGS]
+    check_modes(given, [*FLAGS, *PREDICTIONS_FLAGS, *of_decoding, *of_metrics], mode, MODES)
     if "methods" in given and args.experiment == ["captions"]:
         raise UserError("--methods goes with --experiment, what to do with the explanations")
     if args.predictions and args.object_words == "train" and not args.train_annotations:
@@ -194,12 +211,22 @@ def parse_arguments():
     return args
 
 
+def chosen_mode(args):
+    """Which of MODES the flags ask for."""
+    if args.predictions:
+        return "predictions"
+    return "images" if args.images else "captioner"
+
+
 def output_stem(args):
     """What the names of the results begin with: --output less its .json, or a name of its own."""
     if args.output is not None:
         return Path(args.output.removesuffix(".json"))
     if args.predictions:
         return Path(f"results/{Path(args.predictions).stem}-metrics")
+    if args.images:
+        name = Path(args.images).resolve().name
+        return Path(f"results/{Path(args.checkpoint).stem}-{name}-captions")
     folder = dataset_folder(args.dataset)
     return Path(f"results/{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
 
@@ -227,13 +254,11 @@ def metric_options(args):
 
 
 def main():
-    """Caption a split or read captions, measure, print and write; run the chosen experiments."""
+    """Caption a split or a folder, or read captions; measure, print and write; run experiments."""
     args = parse_arguments()
     set_seed(args.seed)
     stem = output_stem(args)
     if args.predictions:
-        if not distributed.is_main():  # there is nothing to divide among processes
-            return
         files = (args.predictions, args.annotations, args.instances, args.train_annotations)
         captions = read_captions(*files, args.object_words, metric_options(args))
         rows = [{"image_id": key, "caption": text} for key, text in captions.predictions.items()]
@@ -242,14 +267,18 @@ def main():
     device = distributed.own_device(args.device)
     with distributed.job(device):
         captioner = load_captioner(args.checkpoint, device)
+        decoding = decoding_options(args)
+        source = provenance(args.seed, args.checkpoint)
+        if args.images:
+            caption_folder(captioner, args.images, args.limit, args.batch_size, decoding, stem)
+            return
         dataset = open_split(dataset_folder(args.dataset), args.split, captioner.encoder)
         dataset.entries = dataset.entries[: args.limit]
         corpus = training_captions(dataset)
         categories = dataset.info["categories"]
-        choice = args.object_words
-        words = choose_object_words(choice, dataset.info["name"], corpus, categories)
+        name = dataset.info["name"]
+        words = choose_object_words(args.object_words, name, corpus, categories)
         phrases = object_phrases(categories)
-        decoding = decoding_options(args)
         setting = Setting(captioner, args.methods, phrases, words, decoding, args.seed)
         names = chosen_experiments(args)
         if names:  # before the captions, for it may find records of other settings
@@ -257,14 +286,34 @@ def main():
         if wants_captions(args):
             options = {"batch_size": args.batch_size, "workers": args.workers}
             found, scores = caption_split(captioner, dataset, decoding, words, **options)
-            rows = rows_of(dataset, found)
-            predictions = {index: row["caption"] for index, row in enumerate(rows)}
-            captions = captions_of(
-                dataset, predictions, corpus, words, word_scores=scores, **metric_options(args)
-            )
-            if distributed.is_main():
-                source = provenance(args.seed, args.checkpoint)
-                score(captions, rows, args.metrics, stem, source)
+            about = {"word_scores": scores, **metric_options(args)}
+            score_split(dataset, found, corpus, words, about, args.metrics, stem, source)
+
+
+def score_split(dataset, found, corpus, words, about, metrics, stem, source):
+    """Measure the captions of a split, print the table and write it.
+
+    found: {index: its captions, best first}; corpus: the training captions; words: the frequent
+    object words; about: further fields of Captions; the rest: as of `score`.
+    """
+    rows = rows_of(dataset, found)
+    predictions = {index: row["caption"] for index, row in enumerate(rows)}
+    captions = captions_of(dataset, predictions, corpus, words, **about)
+    score(captions, rows, metrics, stem, source)
+
+
+def caption_folder(captioner, folder, limit, batch_size, decoding, stem):
+    """Caption the images of a folder and write the captions in COCO's results format.
+
+    An image is called by its file's name, for it has no number.
+    """
+    files = image_files(folder)[:limit]
+    found = caption_files(captioner, files, batch_size, **decoding)
+    rows = [{"image_id": file.name, "caption": " ".join(found[file])} for file in files]
+    if distributed.is_main():
+        path = extended(stem, ".json")
+        write_json(path, rows)
+        print(f"{len(rows)} captions are in {path}")
 
 
 def read_captions(predictions, annotations, instances, train_annotations, choice, options):
@@ -324,8 +373,10 @@ def rows_of(dataset, found):
 def score(captions, rows, metrics, stem, source):
     """Measure captions, print the table, and write it to STEM.json with their rows.
 
-    metrics: names of METRICS; source: as of `provenance`.
+    metrics: names of METRICS; source: as of `provenance`. One process does it for all.
     """
+    if not distributed.is_main():
+        return
     values, unavailable, tokens = measure(captions, metrics)
     for name, value in values.items():
         print(f"{name:24s} {value:.4f}")

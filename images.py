@@ -2,6 +2,7 @@
 
 import struct
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,23 @@ from commandline import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 EXIF_ORIENTATION = 0x0112
+
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+def image_files(folder):
+    """The image files of a folder, told by their endings, sorted by name.
+
+    UserError if there is no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} of images")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
+    if not files:
+        raise UserError(f"there is no image in {folder}; known are {', '.join(IMAGE_ENDINGS)}")
+    return files
 
 
 def load_image(path):

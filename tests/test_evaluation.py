@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import command, prepared_scenes
+from fixtures import command, draw, prepared_scenes, refused
 from helpers import random_captioner
 
 import evaluation
@@ -14,6 +14,7 @@ from commandline import UserError, write_json
 from experiments import records
 from experiments.captions import choose_object_words
 from experiments.probabilities import word_scores
+from images import image_transform, load_image
 from preparedataset import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -299,3 +300,45 @@ def test_all_experiments_on_real_photographs(tmp_path, monkeypatch, name, split)
     if name == "flickr8k":
         entries = CaptionDataset(folder, split).entries
         assert any(entry["objects"] for entry in entries)
+
+
+def test_the_images_of_a_folder_are_captioned_for_others_to_score(tmp_path, monkeypatch, capsys):
+    captioner = random_captioner().float()
+    captioner.save(tmp_path / "it.pt")
+    folder = tmp_path / "photographs"
+    for number in range(3):
+        draw(folder / f"{number}.jpg", size=(40, 30), seed=number)
+    (folder / "notes.txt").write_text("no image")
+    small = ["--batch_size", 2, "--max_length", 4, "--output", tmp_path / "captions.json"]
+    command(monkeypatch, evaluation, "--checkpoint", tmp_path / "it.pt", "--images", folder, *small)
+    evaluation.main()
+    rows = json.loads((tmp_path / "captions.json").read_text())
+    assert [row["image_id"] for row in rows] == ["0.jpg", "1.jpg", "2.jpg"]
+    transform = image_transform(128)
+    for row in rows:
+        image = transform(load_image(folder / row["image_id"]))
+        assert row["caption"] == " ".join(captioner.caption(image[None], max_length=4)[0])
+    assert "3 captions are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images", "nowhere"], "there is no folder nowhere of images"),
+        (["--images", "empty"], "there is no image in empty"),
+        (
+            ["--images", "empty", "--metrics", "bleu"],
+            "--metrics goes with a captioner of a dataset",
+        ),
+        (["--images", "empty", "--predictions", "p.json"], "--predictions are captions already"),
+    ],
+)
+def test_a_folder_that_cannot_be_captioned_is_one_line(
+    flags, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    random_captioner().float().save(tmp_path / "it.pt")
+    told = refused(evaluation, ["--checkpoint", "it.pt", *flags], monkeypatch, capsys)
+    assert message in told
+    assert not (tmp_path / "results").exists()
