@@ -1,5 +1,5 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
-#   make demo       explain the captions of two drawn scenes with the captioner that ships
+#   make demo       explain the captions of three photographs and of two drawn scenes
 #   make check      ruff: style, and what it finds wrong
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
@@ -17,7 +17,9 @@ MVN_COPY := mvn -q dependency:copy -DoutputDirectory=data/spice
 .PHONY: demo check test spice tuning-experiment scenes clean
 
 demo: .venv/installed
-	$(RUN) explain.py data/demo/*.jpg
+	$(RUN) explain.py data/photographs/*.jpg
+	$(RUN) explain.py data/demo/*.jpg --checkpoint checkpoints/scenes-gridtd.pt
+	@echo "The figures are in the folder explanations."
 
 check: .venv/installed
 	.venv/bin/ruff check .

@@ -1,6 +1,6 @@
 """The front door: the captioners there are, and how to build or load one.
 
-    captioner = load_captioner("checkpoints/scenes-gridtd.pt", device="cpu")
+    captioner = load_captioner("checkpoints/flickr8k.pt", device="cpu")
     captions = captioner.caption(images, method="beam", beam_size=3)    # lists of words
     explanations = captioner.explain(images)                            # one Explanation an image
 

@@ -39,7 +39,7 @@ from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
 FLAGS = [
-    Flag("checkpoint", "the captioner", default="checkpoints/scenes-gridtd.pt"),
+    Flag("checkpoint", "the captioner", default="checkpoints/flickr8k.pt"),
     Flag(
         "method",
         "how to explain",

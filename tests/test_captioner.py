@@ -336,3 +336,18 @@ def test_training_the_decoder_does_not_fold_the_encoder_again(images):
     captioner.fc.weight.sum().backward()
     optimizer.step()
     assert captioner.encoder.folded() is first
+
+
+def test_the_captioner_for_photographs_that_ships_explains_them():
+    captioner = load_captioner(ROOT / "checkpoints/flickr8k.pt")
+    photograph = load_image(ROOT / "data/photographs/camera.jpg")
+    image = image_transform(captioner.encoder.image_size)(photograph)[None]
+    explanation = captioner.explain(image)[0]
+    assert {"man", "camera"} <= set(explanation.words)
+    positive = explanation.image_relevance.clamp(min=0)
+    positive /= positive.sum((1, 2), keepdim=True)
+    size = captioner.encoder.image_size
+    right = positive[:, :, size // 2 :].sum((1, 2))  # where camera and tripod stand
+    man = explanation.words.index("man")
+    camera = explanation.words.index("camera")
+    assert right[man] < 0.4 < right[camera]
