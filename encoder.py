@@ -297,6 +297,7 @@ class Encoder(nn.Module):
         if mask is not None and not mask.any(dim=1).all():
             raise UserError("an image has no region: its features are all zero")
 
+    @torch.inference_mode(False)  # weights that are made in inference mode have no gradients
     def folded(self):
         """This encoder in eval mode, with every batch-norm merged into the convolution before it.
 

@@ -128,6 +128,7 @@ def method_for(captioner, name):
     return METHODS[name]
 
 
+@torch.inference_mode(False)
 def explain(captioner, images, captions=None, method="lrp"):
     """Explain every word of a caption of every image.
 
@@ -140,25 +141,24 @@ def explain(captioner, images, captions=None, method="lrp"):
 
     May be called from several threads, and of a captioner in train mode.
     """
+    if any(parameter.is_inference() for parameter in captioner.parameters()):
+        raise UserError(
+            "the captioner was moved or converted inside torch.inference_mode(), so it has no "
+            "gradients; do that outside"
+        )
     chosen = method_for(captioner, method)
     captioner.encoder.check_inputs(images)
-    with torch.inference_mode(False):
-        if any(parameter.is_inference() for parameter in captioner.parameters()):
-            raise UserError(
-                "the captioner was moved or converted inside torch.inference_mode(), so it has no "
-                "gradients; do that outside"
-            )
-        images = images.clone() if images.is_inference() else images
-        if captions is None:
-            captions = captioner.caption(images)
-            token_ids = [captioner.vocabulary.encode(words) for words in captions]
-        else:
-            token_ids = [explainable_ids(captioner.vocabulary, words) for words in captions]
-        if len(token_ids) != len(images):
-            raise UserError(f"{len(images)} images need as many captions, not {len(token_ids)}")
-        explanations = []
-        for part in _parts(images, token_ids):
-            explanations += explain_batch(captioner, images[part], token_ids[part], chosen)
+    images = images.clone() if images.is_inference() else images
+    if captions is None:
+        captions = captioner.caption(images)
+        token_ids = [captioner.vocabulary.encode(words) for words in captions]
+    else:
+        token_ids = [explainable_ids(captioner.vocabulary, words) for words in captions]
+    if len(token_ids) != len(images):
+        raise UserError(f"{len(images)} images need as many captions, not {len(token_ids)}")
+    explanations = []
+    for part in _parts(images, token_ids):
+        explanations += explain_batch(captioner, images[part], token_ids[part], chosen)
     return explanations
 
 

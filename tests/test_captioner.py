@@ -240,7 +240,10 @@ def test_explaining_works_inside_inference_mode(images, tmp_path):
         captioner = load_captioner(tmp_path / "it.pt")
         inside = captioner.explain(images[:1].clone(), CAPTIONS[:1])[0]
         decoded = captioner.explain(images[:1])[0]
+        gradient = captioner.explain(images[:1].clone(), CAPTIONS[:1], "gradient")[0]
     assert equal_explanations(inside, outside)
+    assert equal_explanations(captioner.explain(images[:1], CAPTIONS[:1])[0], outside)
+    assert equal_explanations(captioner.explain(images[:1], CAPTIONS[:1], "gradient")[0], gradient)
     assert decoded.words == captioner.caption(images[:1])[0]
 
 
