@@ -13,6 +13,7 @@ The same forward serves training, decoding, gradients and LRP; they differ in `r
 E embedding and H hidden units, V words of the vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -205,7 +206,7 @@ def run_lstm(lstm, inputs, lengths=None):
     return pad_packed_sequence(hidden, batch_first=True, total_length=inputs.shape[1])[0]
 
 
-class Captioner(nn.Module):
+class Captioner(nn.Module, ABC):
     """An encoder, a word embedding, the projection of the regions, and the last layer.
 
     A model adds what lies between; see the top of this file.
@@ -233,24 +234,24 @@ class Captioner(nn.Module):
 
     # ------------------------------------------------------------------- what a model has to offer
 
+    @abstractmethod
     def image_memory(self, features, rules=TRUE_GRADIENT):
         """What every step needs of the image, computed once: features (B, L, D) -> a Memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def initial_state(self, memory, captions=1):
         """The state before the first word: a tuple of tensors (B, N, ...), N = captions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def word_inputs(self, embeddings, memory):
         """The part of a step's input that depends on nothing but the word: (..., E) -> (..., I)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, word_input, state, memory, rules=TRUE_GRADIENT):
         """One word further: word_input (B, N, I) of the word just said -> a StepOutput.
 
         Everything that has a rule in LRP goes through `rules` (lrp_utils.Rules).
         """
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------- forward
 

@@ -351,7 +351,10 @@ def of_rows(state, *index):
 
 def _up_to_end(sequences, end):
     """Sequences (B, N, T) -> B lists of N lists of the token ids before the first `<end>`."""
-    return [[_before(ids, end) for ids in captions] for captions in sequences.tolist()]
+    images = []
+    for captions in sequences.tolist():
+        images.append([_before(token_ids, end) for token_ids in captions])
+    return images
 
 
 def _before(token_ids, end):

@@ -192,18 +192,18 @@ def explain_batch(captioner, images, token_ids, method):
     """The Explanations of a few images for their captions, B lists of token ids; see `explain`."""
     images = images.to(captioner.device, captioner.fc.weight.dtype)
     # An image without words still needs a place in the batch; what is found there is cut off.
-    started = [
-        [captioner.vocabulary.start, *(ids or [captioner.vocabulary.end])] for ids in token_ids
-    ]
-    tokens = padded(started).to(captioner.device)
+    vocabulary = captioner.vocabulary
+    tokens = padded([[vocabulary.start, *(ids or [vocabulary.end])] for ids in token_ids])
+    tokens = tokens.to(captioner.device)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:]
     positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     found = propagate(captioner, images, inputs, targets, positions, method)
-    return [
-        _explanation(captioner, ids, {name: value[row] for name, value in found.items()})
-        for row, ids in enumerate(token_ids)
-    ]
+    explanations = []
+    for row, ids in enumerate(token_ids):
+        of_image = {name: value[row] for name, value in found.items()}
+        explanations.append(_explanation(captioner, ids, of_image))
+    return explanations
 
 
 class Forward(NamedTuple):

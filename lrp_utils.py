@@ -216,6 +216,7 @@ class _AlphaOneBetaZero(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        """c(y) (B, D, H', W') -> c(x) (B, C, H, W); Bach et al. (2015), eq. 60."""
         ratio, positive, *rest = ctx.saved_tensors
         shared = gradient * ratio
         result = _convolution_backward(shared, ctx.shape, positive, *ctx.geometry)

@@ -418,7 +418,10 @@ class SCST:
 
     def _ended(self, captions):
         """Captions with the `<end>` that they said; one of the full length said none."""
-        return [[self._with_end(token_ids) for token_ids in image] for image in captions]
+        ended = []
+        for image in captions:
+            ended.append([self._with_end(token_ids) for token_ids in image])
+        return ended
 
     def _with_end(self, token_ids):
         if len(token_ids) < self.captioner.config.max_length:

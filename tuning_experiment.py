@@ -315,7 +315,9 @@ def model_rows(model, seeds, test):
     for setting, found in results.items():
         if not found:
             continue
-        cells = [spread([found[seed][metric] for seed in found]) for metric in METRICS]
+        cells = []
+        for metric in METRICS:
+            cells.append(spread([figures[metric] for figures in found.values()]))
         rows.append(markdown_row([model, setting, len(found), *cells]))
         baseline = results[baseline_of(setting)]
         both = sorted(found.keys() & baseline.keys())
