@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from captiondata import CaptionDataset, files_hash
-from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
+from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import (
     CommandLine,
     Flag,
@@ -43,7 +43,7 @@ from encoder import build_encoder
 from experiments import EXPERIMENTS
 from experiments.case import Setting, examine
 from experiments.records import EXAMINED_AT_ONCE
-from explanation import method_for
+from explanation import methods_of
 from featurecache import features_path, lay_out, write_rows
 from images import image_transform, load_image
 from objectives import CrossEntropy, ImageLRPInference, LRPInference
@@ -198,18 +198,6 @@ def bench_methods(device, repeats):
         for name in measured:
             rows.append(ratio_row(f"{model_type}: {name}", times[name], times["floor"], against))
     return rows
-
-
-def methods_of(captioner):
-    """The names of the methods that are for this captioner."""
-    names = []
-    for name in METHODS:
-        try:
-            method_for(captioner, name)
-        except UserError:
-            continue
-        names.append(name)
-    return names
 
 
 def plain_backward(captioner, images, targets):

@@ -128,6 +128,18 @@ def method_for(captioner, name):
     return METHODS[name]
 
 
+def methods_of(captioner):
+    """The names of the methods that are for this captioner."""
+    names = []
+    for name, method in METHODS.items():
+        try:
+            method.check(captioner)
+        except UserError:
+            continue
+        names.append(name)
+    return names
+
+
 @torch.inference_mode(False)
 def explain(captioner, images, captions=None, method="lrp"):
     """Explain every word of a caption of every image.

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from captioner import METHODS, CaptionerConfig, build_captioner
-from commandline import UserError
+from captioner import CaptionerConfig, build_captioner
 from encoder import build_encoder
 from vocabulary import Vocabulary
 
@@ -32,15 +31,6 @@ def random_captioner(encoder="scenes_vgg", words=30, seed=0xC0FFEE, vocabulary=N
             nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     calibrate(captioner.encoder)
     return captioner
-
-
-def suits(captioner, method):
-    """Whether a method can explain this captioner."""
-    try:
-        METHODS[method].check(captioner)
-    except UserError:
-        return False
-    return True
 
 
 def calibrate(encoder):

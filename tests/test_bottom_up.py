@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import prepared_scenes
-from helpers import random_captioner, relative_difference, suits
+from helpers import random_captioner, relative_difference
 from oracle_models import adaptive_lrp, aoa_lrp, gridtd_lrp
 from PIL import Image
 
@@ -17,9 +17,10 @@ import explain
 import preparedataset
 import train
 from captiondata import CaptionDataset, load_regions
-from captioner import METHODS, load_captioner
+from captioner import load_captioner
 from commandline import UserError
 from encoder import build_encoder
+from explanation import methods_of
 from plots import paint_boxes
 
 ORACLES = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
@@ -65,9 +66,7 @@ def test_padding_changes_no_explanation_and_no_caption(model_type):
     assert captioner.caption(features) == captioner.caption(padded)
     # A gradient may well be there where no feature is.
     zero_where_no_feature_is = ("lrp", "attnlrp", "attention", "input_x_gradient")
-    for method in METHODS:
-        if not suits(captioner, method):
-            continue
+    for method in methods_of(captioner):
         plain = captioner.explain(features, [["w1", "w2"]], method)[0]
         more = captioner.explain(padded, [["w1", "w2"]], method)[0]
         torch.testing.assert_close(more.word_relevance, plain.word_relevance)

@@ -3,12 +3,12 @@
 from contextlib import nullcontext
 
 import torch
-from helpers import random_captioner, suits
+from helpers import random_captioner
 from torch import nn
 
 from basemodel import Captioner, Memory, StepOutput, lstm_cell
 from captioner import METHODS, MODELS, load_captioner
-from explanation import Method, explain_batch
+from explanation import Method, explain_batch, methods_of
 from gradient_utils import enlarge, input_x_gradient
 from lrp_utils import LRP, TRUE_GRADIENT, AlphaOneBetaZero, TrueGradient
 from objectives import CrossEntropy, LRPInference
@@ -85,10 +85,9 @@ def test_a_captioner_is_added_as_a_class_in_the_table(monkeypatch, tmp_path):
     captioner = random_captioner(model_type="mean")
     images = torch.randn(2, 3, 128, 128, dtype=torch.float64)
     captions = captioner.caption(images, max_length=4)
-    for method in METHODS:
-        if suits(captioner, method):
-            found = captioner.explain(images, [["w1", "w2"], ["w3"]], method)
-            assert found[0].image_relevance.shape == (2, 128, 128)
+    for method in methods_of(captioner):
+        found = captioner.explain(images, [["w1", "w2"], ["w3"]], method)
+        assert found[0].image_relevance.shape == (2, 128, 128)
     captioner.save(tmp_path / "mean.pt")
     assert load_captioner(tmp_path / "mean.pt").double().caption(images, max_length=4) == captions
 
