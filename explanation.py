@@ -175,20 +175,39 @@ def explain(captioner, images, captions=None, method="lrp"):
 
 
 def explainable_ids(vocabulary, words):
-    """The token ids of a caption's words; UserError if there is none, or one cannot be said."""
+    """The token ids of a caption's words.
+
+    UserError if there is no word, or for all words that the captioner cannot say, each with those
+    of its words that are spelt most like it.
+    """
     if isinstance(words, str):
         raise UserError(f"a caption is a sequence of words, and '{words}' is one text; split it")
     words = list(words)
-    token_ids = vocabulary.encode(words)
-    for word, token_id in zip(words, token_ids):
-        if not 0 < token_id < vocabulary.unk:
-            raise UserError(
-                f"the word '{word}' is not in this captioner's vocabulary, "
-                "so it cannot be explained"
-            )
     if not words:
         raise UserError("there is no word to explain in an empty caption")
+    token_ids = vocabulary.encode(words)
+    unknown = []
+    for word, token_id in zip(words, token_ids):
+        if not 0 < token_id < vocabulary.unk and word not in unknown:
+            unknown.append(word)
+    if unknown:
+        raise UserError(unknown_words_message(vocabulary, unknown))
     return token_ids
+
+
+def unknown_words_message(vocabulary, words):
+    """What to tell a user of words that are not in a captioner's vocabulary."""
+    *others, last = [f"'{word}'" for word in words]
+    if others:
+        message = f"the words {', '.join(others)} and {last} are not in this captioner's vocabulary"
+    else:
+        message = f"the word {last} is not in this captioner's vocabulary"
+    message += ", so it cannot explain " + ("them" if others else "it")
+    for word in words:
+        nearest = vocabulary.nearest(word)
+        if nearest:
+            message += f"; instead of '{word}' it knows {', '.join(nearest)}"
+    return message
 
 
 def _parts(images, token_ids):

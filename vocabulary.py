@@ -5,6 +5,7 @@ vocabulary.decode(vocabulary.encode(["a", "dog"]))          # ["a", "dog"]
 """
 
 from collections import Counter
+from difflib import get_close_matches
 
 import torch
 from nltk.tokenize import RegexpTokenizer
@@ -73,6 +74,10 @@ class Vocabulary:
 
     def __contains__(self, word):
         return word in self._ids
+
+    def nearest(self, word):
+        """The kept words, at most three, that are spelt most like `word`, the nearest first."""
+        return get_close_matches(word, self.kept)
 
     def encode(self, tokens):
         """The token id of each word, <unk>'s for an unknown one; no <start> or <end> is added."""
