@@ -393,8 +393,10 @@ class Captioner(nn.Module, ABC):
     def caption(self, images, method="beam", beam_size=3, max_length=None, **options):
         """Images (B, 3, S, S), ImageNet-normalised -> B captions, each a list of words.
 
-        The other arguments are those of `decode`.
+        The other arguments are those of `decode`. UserError as there, and for images of another
+        shape.
         """
+        self.encoder.check_inputs(images)
         captions = []
         for batch in images.split(CAPTIONED_AT_ONCE):
             features = self.encode(batch)
@@ -403,7 +405,11 @@ class Captioner(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, S, S) -> region features (B, L, D)."""
+        """Images (B, 3, S, S) -> region features (B, L, D).
+
+        UserError for images of another shape.
+        """
+        self.encoder.check_inputs(images)
         encoder = eval_view(self.encoder)
         size = IMAGES_PER_BATCH.get(self.device.type, CAPTIONED_AT_ONCE)
         dtype = self.fc.weight.dtype

@@ -273,23 +273,31 @@ class Encoder(nn.Module):
     def check_inputs(self, inputs):
         """Raise a UserError unless `inputs` are what this encoder is made for.
 
-        That is images (B, 3, S, S), or for given features (B, L, D) with a real region each.
+        That is a float tensor without NaN and infinity: images (B, 3, S, S), or for given features
+        (B, L, D) with a real region each.
         """
+        if not isinstance(inputs, torch.Tensor):
+            raise UserError(f"{self._wanted()}, not a {type(inputs).__name__}")
+        if not inputs.is_floating_point():
+            raise UserError(f"{self._wanted()}, not {inputs.dtype}")
         shape = tuple(inputs.shape)
-        if not self.given:
-            size = self.image_size
-            if len(shape) != 4 or shape[1:] != (3, size, size):
-                raise UserError(
-                    f"the encoder {self.name} wants images of shape (B, 3, {size}, {size}), "
-                    f"not {shape}"
-                )
-            return
-        if len(shape) != 3 or shape[2] != self.out_channels:
-            raise UserError(
-                f"the encoder {self.name} wants features of shape (B, L, {self.out_channels}), "
-                f"not {shape}"
-            )
+        if self.given:
+            fits = len(shape) == 3 and shape[2] == self.out_channels
+        else:
+            fits = len(shape) == 4 and shape[1:] == (3, self.image_size, self.image_size)
+        if not fits:
+            raise UserError(f"{self._wanted()}, not {shape}")
+        if not inputs.isfinite().all():
+            raise UserError("an image holds a value that is no finite number (NaN or infinity)")
         self.check_regions(inputs)
+
+    def _wanted(self):
+        """What the inputs have to be, in words."""
+        if self.given:
+            inputs = f"features of shape (B, L, {self.out_channels})"
+        else:
+            inputs = f"images of shape (B, 3, {self.image_size}, {self.image_size})"
+        return f"the encoder {self.name} wants {inputs} as a float tensor"
 
     def check_regions(self, features):
         """Raise a UserError if an image of the features (B, L, D) has no real region."""

@@ -272,7 +272,7 @@ def test_captions_are_stripped_before_they_are_explained():
 @pytest.mark.parametrize("method", DECODERS)
 def test_a_captioner_takes_every_decoder(method):
     captioner = random_captioner(words=6).float()
-    images = torch.randn(3, 3, 16, 16)
+    images = torch.randn(3, 3, 128, 128)
     torch.manual_seed(3)
     first = captioner.caption(images, method, max_length=6)
     torch.manual_seed(3)
@@ -307,7 +307,7 @@ def test_options_that_are_not_given_have_their_defaults(captioner, features, met
 def test_the_library_speaks_of_methods_and_options(method, options, message):
     captioner = random_captioner(words=6).float()
     with pytest.raises(UserError, match=message):
-        captioner.caption(torch.randn(3, 3, 16, 16), method, **options)
+        captioner.caption(torch.randn(3, 3, 128, 128), method, **options)
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def test_a_split_is_captioned_from_images_or_from_their_features():
     captioner = random_captioner(words=6).float()
-    images = torch.randn(7, 3, 16, 16)
+    images = torch.randn(7, 3, 128, 128)
     expected = dict(enumerate(captioner.caption(images, "greedy")))
     pixels = Pictures(images, features=None)
     cached = Pictures(captioner.encode(images), features="scenes_vgg")
