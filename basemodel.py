@@ -15,6 +15,7 @@ E embedding and H hidden units, V words of the vocabulary.
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -463,11 +464,19 @@ def read_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        message = f"there is no checkpoint {path}; make one with: python train.py"
-        raise UserError(message) from None
+        raise UserError(f"there is no checkpoint {path}; {checkpoints_beside(path)}") from None
     except Exception:  # torch.load raises many kinds for a file that is no checkpoint
         message = f"{path} is not a checkpoint of this project, or is damaged"
         raise UserError(message) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
     return checkpoint
+
+
+def checkpoints_beside(path):
+    """Which .pt files are in the folder of a missing one, as the end of a message."""
+    folder = Path(path).parent
+    names = sorted(file.name for file in folder.glob("*.pt"))
+    if names:
+        return f"the folder {folder} has {', '.join(names)}"
+    return f"the folder {folder} has none"

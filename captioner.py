@@ -7,14 +7,19 @@
 What a captioner can do is in basemodel.py, how it explains in explanation.py.
 """
 
+import re
+from pathlib import Path
+
 import torch
 
 from aoamodel import AoACaptioner
 from basemodel import CaptionerConfig, read_checkpoint
+from captiondata import dataset_folder
 from commandline import UserError
 from encoder import Encoder
 from explanation import METHODS, Explanation
 from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
+from readers import SOURCES
 from vocabulary import Vocabulary
 
 __all__ = [
@@ -27,6 +32,12 @@ __all__ = [
 ]
 
 MODELS = {"adaptive": AdaptiveCaptioner, "gridtd": GridTDCaptioner, "aoa": AoACaptioner}
+
+# What train.py adds to the name of a captioner that it fine-tunes, and the names that it gives.
+TUNING = r"-([a-z_]+_tune)(?:-form_([a-z]+))?(?:-lambda_([0-9.]+))?"
+CHECKPOINT_NAME = re.compile(
+    rf"(?P<dataset>.+)-(?P<model_type>{'|'.join(MODELS)})(?P<tunings>(?:{TUNING})*)\.pt"
+)
 
 
 def build_captioner(config, vocabulary, encoder):
@@ -41,7 +52,13 @@ def build_captioner(config, vocabulary, encoder):
 
 
 def load_captioner(path, device="cpu"):
-    """The captioner saved in `path`, in eval mode on `device`. UserError if the file is not one."""
+    """The captioner saved in `path`, in eval mode on `device`.
+
+    UserError if the file is not one; if it is missing, with the commands that make it.
+    """
+    commands = commands_for(path)
+    if commands and not Path(path).exists():
+        raise UserError(f"there is no checkpoint {path}; make it with: {' && '.join(commands)}")
     # Parameters that are made in inference mode could not be explained later.
     with torch.inference_mode(False):
         checkpoint = read_checkpoint(path, device)
@@ -55,3 +72,42 @@ def load_captioner(path, device="cpu"):
         captioner.load_state_dict(checkpoint["state_dict"])
         captioner.encoder.to(memory_format=torch.channels_last)  # twice as fast on CPUs
         return captioner.to(device).eval()
+
+
+def commands_for(path):
+    """The commands that make the checkpoint `path`, in order, less those whose result is there.
+
+    They are read off the names that train.py gives, checkpoints/DATASET-MODEL[-TUNING ...].pt. The
+    list is empty for a file of another name, or in another folder.
+    """
+    path = Path(path)
+    name = CHECKPOINT_NAME.fullmatch(path.name)
+    if name is None or path.parent.resolve() != Path("checkpoints").resolve():
+        return []
+    dataset = name["dataset"]
+    commands = []
+    if dataset in SOURCES and not dataset_folder(dataset).is_dir():
+        root = "" if dataset == "scenes" else " --root FOLDER"  # the scenes are drawn
+        commands.append(f"python preparedataset.py --dataset {dataset}{root}")
+    made = path.with_name(f"{dataset}-{name['model_type']}.pt")
+    training = f"python train.py --dataset {dataset} --model_type {name['model_type']}"
+    if not made.exists():
+        commands.append(training)
+    for number, tuning in enumerate(re.finditer(TUNING, name["tunings"])):
+        command = f"{training} {tuning_flags(*tuning.groups())}"
+        if number > 0:  # the first one starts from DATASET-MODEL.pt by itself
+            command += f" --resume {made}"
+        made = made.with_name(f"{made.name.removesuffix('.pt')}{tuning[0]}.pt")
+        if not made.exists():
+            commands.append(command)
+    return commands
+
+
+def tuning_flags(mode, form, weight):
+    """The flags of train.py for the three groups of TUNING, of which the last two may be None."""
+    flags = f"--{mode}"
+    if form:
+        flags += f" --lrp_form {form}"
+    if weight:
+        flags += f" --lrp_lambda {weight}"
+    return flags

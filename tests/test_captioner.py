@@ -5,15 +5,25 @@ are self-contained, and explaining works in whatever mode, thread and precision 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_captioner
 
+import train
 from basemodel import read_checkpoint
-from captioner import METHODS, MODELS, CaptionerConfig, build_captioner, load_captioner
+from captioner import (
+    METHODS,
+    MODELS,
+    CaptionerConfig,
+    build_captioner,
+    commands_for,
+    load_captioner,
+)
 from commandline import UserError
 from explanation import methods_of
 from images import image_transform, load_image
+from vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = [["w1", "w2", "w3", "w4", "w5"], ["w7", "w7"], ["w9", "w1", "w0"]]
@@ -148,6 +158,18 @@ def test_mistakes_in_explain_are_named(captioner, images):
         captioner.caption(images[:1], "magic")
 
 
+def test_all_unknown_words_are_named_with_the_nearest_known_ones(images):
+    names = ["<pad>", "zebra", "zebras", "dog", "<unk>", "<start>", "<end>"]
+    captioner = random_captioner(vocabulary=Vocabulary(names)).float()
+    with pytest.raises(UserError) as caught:
+        captioner.explain(images[:1], [["zebre", "dog", "qqq", "dogs", "qqq"]])
+    assert str(caught.value) == (
+        "the words 'zebre', 'qqq' and 'dogs' are not in this captioner's vocabulary, "
+        "so it cannot explain them; instead of 'zebre' it knows zebra, zebras; "
+        "instead of 'dogs' it knows dog"
+    )
+
+
 def test_a_checkpoint_is_self_contained(captioner, images, tmp_path):
     captioner.save(tmp_path / "it.pt", about={"epoch": 3})
     loaded = load_captioner(tmp_path / "it.pt")
@@ -168,6 +190,72 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             load_captioner(tmp_path / name)
+
+
+PREPARED = "python preparedataset.py --dataset"
+TRAINED = "python train.py --dataset"
+
+
+@pytest.mark.parametrize(
+    "name, commands",
+    [
+        (
+            "flickr8k-gridtd",
+            f"{PREPARED} flickr8k --root FOLDER && {TRAINED} flickr8k --model_type gridtd",
+        ),
+        (
+            "scenes-aoa-lrp_tune-form_image-lambda_1.0",
+            f"{PREPARED} scenes && {TRAINED} scenes --model_type aoa && "
+            f"{TRAINED} scenes --model_type aoa --lrp_tune --lrp_form image --lrp_lambda 1.0",
+        ),
+        (
+            "mine-adaptive-cider_tune-lrp_tune",
+            f"{TRAINED} mine --model_type adaptive --lrp_tune "
+            "--resume checkpoints/mine-adaptive-cider_tune.pt",
+        ),
+    ],
+)
+def test_a_missing_checkpoint_names_the_commands_that_make_it(
+    tmp_path, monkeypatch, name, commands
+):
+    monkeypatch.chdir(tmp_path)
+    for made in ("checkpoints/mine-adaptive.pt", "checkpoints/mine-adaptive-cider_tune.pt"):
+        (tmp_path / made).parent.mkdir(exist_ok=True)
+        (tmp_path / made).touch()
+    with pytest.raises(UserError) as caught:
+        load_captioner(f"checkpoints/{name}.pt")
+    message = f"there is no checkpoint checkpoints/{name}.pt; make it with: {commands}"
+    assert str(caught.value) == message
+
+
+def test_the_commands_for_a_fine_tuned_checkpoint_make_a_file_of_that_name(tmp_path, monkeypatch):
+    """train.py takes the flags, and would write where the checkpoint was missing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.is_interrupted_training", lambda path, mode: False)
+    wanted = Path("checkpoints/scenes-gridtd-cider_tune-lrp_tune-form_image-lambda_0.25.pt")
+    _, *trainings = commands_for(wanted)
+    outputs = []
+    for training in trainings:
+        options = train.parse_arguments(training.split()[2:])
+        outputs.append(str(options.output))
+    assert outputs == [
+        "checkpoints/scenes-gridtd.pt",
+        "checkpoints/scenes-gridtd-cider_tune.pt",
+        str(wanted),
+    ]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/best.pt", "checkpoints/x-aoa-b.pt", "x-aoa.pt"])
+def test_a_missing_checkpoint_of_another_name_names_those_beside_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        folder.mkdir(exist_ok=True)
+        (folder / "b.pt").touch()
+        (folder / "a.pt").touch()
+    with pytest.raises(UserError, match=f"no checkpoint {name}; the folder .* has a.pt, b.pt$"):
+        load_captioner(name)
+    with pytest.raises(UserError, match="the folder nowhere has none$"):
+        load_captioner("nowhere/best.pt")
 
 
 def test_an_unknown_model_type_is_named():
@@ -279,6 +367,25 @@ def test_a_caption_may_be_any_sequence_of_words(captioner, images):
         UserError, match="a caption is a sequence of words, and 'w1 w2' is one text"
     ):
         captioner.explain(images[:1], ["w1 w2"])
+
+
+WRONG_INPUTS = {
+    "shape": (torch.zeros(1, 3, 64, 64), r"not \(1, 3, 64, 64\)"),
+    "no batch": (torch.zeros(3, 128, 128), r"not \(3, 128, 128\)"),
+    "array": (np.zeros((1, 3, 128, 128), np.float32), "not a ndarray"),
+    "list": ([torch.zeros(3, 128, 128)], "not a list"),
+    "bytes": (torch.zeros(1, 3, 128, 128, dtype=torch.uint8), "not torch.uint8"),
+    "NaN": (torch.full((1, 3, 128, 128), torch.nan), "no finite number"),
+    "infinity": (torch.full((1, 3, 128, 128), torch.inf), "no finite number"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_INPUTS)
+def test_what_is_no_batch_of_images_is_refused_in_the_same_words(captioner, wrong):
+    inputs, message = WRONG_INPUTS[wrong]
+    for call in (captioner.caption, captioner.encode, captioner.explain):
+        with pytest.raises(UserError, match=message):
+            call(inputs)
 
 
 @pytest.mark.parametrize("method", ["lrp", "gradcam", "attention"])
