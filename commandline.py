@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class Flag:
     shown     what the help says of the default, where the value itself would not help
     modes     the modes of the command that read this flag; empty: all of them
     repeated  whether a run that goes on with an interrupted one has to repeat the value
+    alias     another spelling, without the dashes: the one that another command has
     """
 
     name: str
@@ -88,6 +90,7 @@ class Flag:
     shown: str | None = None
     modes: tuple = ()
     repeated: bool = False
+    alias: str | None = None
 
 
 def add_flags(parser, flags):
@@ -104,7 +107,10 @@ def add_flags(parser, flags):
             options["choices"] = flag.choices
             options["nargs"] = flag.nargs
             options["metavar"] = flag.metavar
-        parser.add_argument(f"--{flag.name}", **options)
+        spellings = [f"--{flag.name}"]
+        if flag.alias:
+            spellings.append(f"--{flag.alias}")
+        parser.add_argument(*spellings, **options)
 
 
 def check_limits(values, flags):
@@ -227,6 +233,24 @@ def write_atomically(path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output_folder(folder):
+    """Raise a UserError unless files can be written into `folder`, which need not exist yet.
+
+    It is found out by trying, in the folder or in the nearest one above it that exists.
+    """
+    folder = Path(folder)
+    nearest = folder
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"{nearest} is not a folder, so nothing can be written into {folder}")
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"nothing can be written into {folder} ({error.strerror})") from None
 
 
 def write_tensors(path, value):

@@ -85,6 +85,7 @@ FLAGS = [
         nargs="+",
         shown="lrp gradcam guided_gradcam attention",
         modes=CAPTIONER,
+        alias="method",
     ),
     Flag(
         "limit",
