@@ -1,21 +1,36 @@
 """Explain each word of an image's caption: which pixels and words spoke for it, and which against.
 
     python explain.py photo.jpg
-    python explain.py a.jpg b.jpg --checkpoint checkpoints/flickr8k-gridtd.pt --output explanations
+    python explain.py photos "more/*.jpg"                           # folders, patterns in quotes
+    python explain.py photo.jpg --checkpoint checkpoints/flickr8k.pt checkpoints/flickr8k-aoa.pt
     python explain.py photo.jpg --caption "a dog on the grass"      # not the captioner's own
     python explain.py photo.jpg --method lrp gradcam attention      # several methods side by side
-    torchrun --nproc_per_node=4 explain.py *.jpg                    # 4 processes share the images
+    python explain.py photos --words dog ball                       # draws only these words
+    torchrun --nproc_per_node=4 explain.py photos                   # 4 processes share the images
 
 For each image and method it writes NAME-METHOD.png (a figure), NAME-METHOD.npz (the relevance maps,
-not normalised) and NAME-METHOD.json; for several methods also NAME-methods.png.
+not normalised) and NAME-METHOD.json; for several methods also NAME-methods.png. NAME is that of the
+image and, where they are given, of the checkpoint, of the caption and of the words to draw.
+
+An image that cannot be read does not stop the others. It is told at the end, with exit code 2.
 """
 
+import glob
+import hashlib
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 import distributed
+from basemodel import Captioner
 from captiondata import load_regions
 from captioner import METHODS, load_captioner
 from commandline import (
@@ -24,6 +39,7 @@ from commandline import (
     UserError,
     add_common_flags,
     add_flags,
+    check_output_folder,
     extended,
     provenance,
     run,
@@ -32,14 +48,26 @@ from commandline import (
     write_json,
 )
 from decoding import add_decoding_flags, decoding_options
-from explanation import method_for
-from images import image_transform, load_image
+from explanation import explainable_ids, method_for, unknown_words_message
+from images import IMAGE_ENDINGS, image_files, image_transform, load_image
 from plots import comparison_figure, explanation_figure, paint_boxes, save_figure
 from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
+LONGEST_MARK = 60  # characters that words may add to a file's name
+FILE_ENDINGS = (*IMAGE_ENDINGS, ".pdf", ".svg", ".npz", ".json", ".html")
+# What a NumPy archive says of itself; the JSON beside it says more.
+ABOUT = ("checkpoint", "checkpoint_sha256", "model_type", "encoder", "image", "caption", "method")
+DEFAULT_CHECKPOINT = "checkpoints/flickr8k.pt"
 FLAGS = [
-    Flag("checkpoint", "the captioner", default="checkpoints/flickr8k.pt"),
+    Flag(
+        "checkpoint",
+        "the captioner, or several",
+        default=[DEFAULT_CHECKPOINT],
+        type=str,
+        nargs="+",
+        shown=DEFAULT_CHECKPOINT,
+    ),
     Flag(
         "method",
         "how to explain",
@@ -48,6 +76,7 @@ FLAGS = [
         choices=tuple(METHODS),
         nargs="+",
         shown="lrp",
+        alias="methods",
     ),
     Flag(
         "regions",
@@ -64,61 +93,223 @@ FLAGS = [
         switch=True,
     ),
     Flag("caption", "explain this caption", shown="the captioner's own"),
+    Flag("words", "draw only these words of the captions", nargs="+", shown="all"),
     Flag("output", "folder for what is written", default="explanations"),
 ]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be explained, and how.
+
+    methods   {name in the results: method of METHODS}
+    caption   the words of the caption, or None for the captioner's own
+    words     the words to draw, or None for all
+    decoding  options of the captioner's own caption
+    """
+
+    methods: dict
+    caption: list | None
+    words: list | None
+    decoding: dict
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A captioner to explain.
+
+    mark   what the names of its files say of it; empty for the default one
+    about  what its files hold of it and of this run: {name: value}
+    """
+
+    captioner: Captioner
+    mark: str
+    about: dict
+
+
+class Photograph(NamedTuple):
+    """An image to explain; features (L, D) and boxes (n, 4) are None but for bottom-up features."""
+
+    path: Path
+    image: Image.Image
+    features: torch.Tensor | None
+    boxes: torch.Tensor | None
 
 
 def build_parser():
     """The command line."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument(
+        "images", nargs="+", help="image files, folders of them, or patterns such as 'photos/*.jpg'"
+    )
     add_flags(parser, FLAGS)
     add_decoding_flags(parser)
     add_common_flags(parser)
     return parser
 
 
+def images_first(arguments):
+    """A command line in which the images that follow `--checkpoint FILE.pt` come first.
+
+    Only the first word after --checkpoint, and .pt files, are checkpoints, so that the images may
+    still stand behind a single one.
+    """
+    images = []
+    others = []
+    flag = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag = argument
+        elif flag == "--checkpoint" and others[-1] != flag and not argument.endswith(".pt"):
+            images.append(argument)
+            continue
+        others.append(argument)
+    return images + others
+
+
 def check_arguments(args, decoding):
-    """Raise a UserError for flags that do not go together."""
+    """Raise a UserError for flags that do not go together, or a bad name of the output folder."""
     if args.caption is not None and decoding != {"method": "beam"}:
         raise UserError(
             "the flags of decoding are for the captioner's own caption, and --caption gives another"
         )
     if args.through_attention and "lrp" not in args.method:
         raise UserError("--through_attention goes with --method lrp")
+    output = Path(args.output)
+    names_file = output.suffix.lower() in FILE_ENDINGS and not output.is_dir()
+    if not args.output or names_file or output.is_file():
+        raise UserError(
+            f"--output '{args.output}' is not the name of a folder; several files are written "
+            "into a folder"
+        )
+    check_output_folder(output)
 
 
-def chosen_methods(args):
-    """{name in the results: the method of METHODS}, as --method and --through_attention choose."""
+def what_is_wanted(args, decoding):
+    """The Wanted of parsed flags; UserError for words that are none, or not in --caption."""
     methods = {name: name for name in args.method}
     if args.through_attention:
         methods["lrp"] = "attnlrp"
-    return methods
+    caption = None if args.caption is None else tokenize(args.caption)
+    if args.words is None:
+        return Wanted(methods, caption, None, decoding)
+    words = tokenize(" ".join(args.words))
+    if not words:
+        raise UserError("--words gives no word to draw")
+    if caption is not None:
+        for word in words:
+            if word not in caption:
+                raise UserError(f"--caption has no word '{word}' to draw")
+    return Wanted(methods, caption, words, decoding)
 
 
 def main():
     """Caption the images if need be, explain the captions, and write the explanations."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(images_first(sys.argv[1:]))
     decoding = decoding_options(args)
     check_arguments(args, decoding)
-    methods = chosen_methods(args)
-    words = None if args.caption is None else tokenize(args.caption)
+    wanted = what_is_wanted(args, decoding)
+    paths, failures = find_images(args.images)
+    total = len(paths) + len(failures)
     set_seed(args.seed)
-    captioner = load_captioner(args.checkpoint, distributed.own_device(args.device))
-    for method in methods.values():
-        method_for(captioner, method)  # refuses one that is not for this captioner
-    check_regions(captioner, args.images, args.regions)
-    check_images(args.images)
-    about = provenance(args.seed, args.checkpoint)
-    starts = range(0, len(args.images), EXPLAINED_AT_ONCE)
-    for start in distributed.shared(starts):
-        batch = slice(start, start + EXPLAINED_AT_ONCE)
-        paths = args.images[batch]
-        regions = args.regions[batch] if args.regions else None
-        explained = explain(captioner, paths, regions, methods, words, decoding)
-        for path, image, explanations in explained:
-            stem = Path(args.output) / Path(path).stem
-            write_explanations(stem, image, explanations, {**about, "image": str(path)})
+    device = distributed.own_device(args.device)
+    speakers = load_speakers(args.checkpoint, args.seed, device)
+    check_wanted(speakers, wanted)
+    for speaker in speakers:
+        check_regions(speaker.captioner, paths, args.regions)
+    with distributed.job(device):
+        failed, drawn = explain_images(speakers, paths, args.regions, wanted, Path(args.output))
+        failures |= distributed.gathered(failed)
+        drawn = distributed.gathered(drawn)
+    if distributed.is_main():
+        undrawn = [word for word in wanted.words or [] if word not in drawn]
+        report(failures, undrawn, total)
+
+
+def find_images(arguments):
+    """The image files that the command line names.
+
+    An argument is a file, a folder, or a pattern that the shell has left to us. Returns the paths,
+    each once, and {name of a folder: why it has none}.
+    """
+    paths = {}  # by their absolute form
+    failures = {}
+    for argument in arguments:
+        for name in matches(argument):
+            try:
+                files = image_files(name) if os.path.isdir(name) else [Path(name)]
+            except (UserError, OSError) as error:
+                failures[name] = str(error)
+                continue
+            for file in files:
+                paths.setdefault(os.path.abspath(file), file)
+    return list(paths.values()), failures
+
+
+def matches(pattern):
+    """The names that fit a pattern; it stands for itself where none does, as in a shell."""
+    if os.path.exists(pattern):
+        return [pattern]
+    return sorted(glob.glob(pattern, recursive=True)) or [pattern]
+
+
+def load_speakers(checkpoints, seed, device):
+    """The Speakers of checkpoint files, each once."""
+    paths = list(dict.fromkeys(Path(checkpoint) for checkpoint in checkpoints))
+    default = Path(DEFAULT_CHECKPOINT).resolve()
+    marks = output_names([path for path in paths if path.resolve() != default])
+    speakers = []
+    for path in paths:
+        captioner = load_captioner(path, device)
+        about = provenance(seed, path)
+        about["model_type"] = captioner.config.model_type
+        about["encoder"] = captioner.config.encoder
+        speakers.append(Speaker(captioner, marks.get(path, ""), about))
+    return speakers
+
+
+def output_names(paths):
+    """{path: what the names of its results begin with}, another one for each.
+
+    It is the file's name without its ending; with it where two would be the same; and with the
+    folders that tell them apart where these would be, too.
+    """
+    if not paths:
+        return {}
+    absolute = {path: os.path.abspath(path) for path in paths}
+    folder = os.path.commonpath([os.path.dirname(path) for path in absolute.values()])
+    names = {path: path.stem for path in paths}
+    tell_apart(names, lambda path: path.name)
+    tell_apart(names, lambda path: os.path.relpath(absolute[path], folder).replace(os.sep, "-"))
+    if len(set(names.values())) < len(names):
+        raise UserError(
+            "the results of two of the files would have the same name; "
+            "explain them into two --output folders"
+        )
+    return names
+
+
+def tell_apart(names, longer_name):
+    """Give those of {path: name} that share a name a longer one, a function of the path."""
+    counts = Counter(names.values())
+    for path, name in names.items():
+        if counts[name] > 1:
+            names[path] = longer_name(path)
+
+
+def check_wanted(speakers, wanted):
+    """Raise a UserError if a method is not for one of the captioners, if one of them does not know
+    the caption's words, or none knows a word to draw.
+    """
+    for speaker in speakers:
+        for method in wanted.methods.values():
+            method_for(speaker.captioner, method)
+        if wanted.caption is not None:
+            explainable_ids(speaker.captioner.vocabulary, wanted.caption)
+    vocabularies = [speaker.captioner.vocabulary for speaker in speakers]
+    for word in wanted.words or []:
+        if not any(word in vocabulary for vocabulary in vocabularies):
+            raise UserError(unknown_words_message(vocabularies[0], [word]))
 
 
 def check_regions(captioner, images, regions):
@@ -133,92 +324,152 @@ def check_regions(captioner, images, regions):
         )
 
 
-def check_images(paths):
-    """Raise a UserError if an image is damaged, or if two of them have one name.
+def explain_images(speakers, paths, regions, wanted, output):
+    """Explain this process's part of the images, and write the explanations into a folder.
 
-    It is called before anything is written, so that all images are explained or none.
+    regions: files of bottom-up features, or None. Returns {path: why it was not explained}, and
+    {word: True} of the words that were drawn.
     """
-    for path in paths:
-        load_image(path)
-    names = set()
-    for path in paths:
-        name = Path(path).stem
-        if name in names:
-            raise UserError(
-                f"two of the images are called {name}, and their explanations would be too; "
-                "explain them into two --output folders"
-            )
-        names.add(name)
+    names = output_names(paths)
+    asked = [mark_of(wanted.caption), mark_of(wanted.words, "only")]
+    failures = {}
+    drawn = {}
+    with progress_bar(len(paths)) as bar:
+        for start in distributed.shared(range(0, len(paths), EXPLAINED_AT_ONCE)):
+            batch = slice(start, start + EXPLAINED_AT_ONCE)
+            own = regions[batch] if regions else None
+            photographs, failed = read_photographs(paths[batch], own)
+            failures |= failed
+            for speaker in speakers:
+                for photograph, found in explain(speaker.captioner, photographs, wanted):
+                    parts = [names[photograph.path], speaker.mark, *asked]
+                    stem = output / "-".join(filter(None, parts))
+                    words = write_explanations(stem, photograph, found, wanted.words, speaker.about)
+                    drawn |= dict.fromkeys(words, True)
+            bar.update(len(paths[batch]) * distributed.world_size())
+    return failures, drawn
 
 
-def explain(captioner, paths, regions, methods, words, decoding):
-    """Explain the captions of a few images.
+def progress_bar(images):
+    """A bar on stderr for more than a few images; the main process stands for all of them."""
+    if images <= EXPLAINED_AT_ONCE or not distributed.is_main():
+        return tqdm(disable=True)
+    # None hides it unless stderr is a terminal.
+    return tqdm(total=images, desc="explaining", unit="image", leave=False, disable=None)
 
-    regions: files of bottom-up features, or None; methods: {name in the results: method}; words:
-    the caption of them all, or None for the captioner's own, decoded with the options `decoding`.
-    Yields (path, image, {name: Explanation}) of each image that the captioner says something of.
+
+def mark_of(words, mark=None):
+    """What the names of files say of words that were asked for; empty if they are None.
+
+    mark: what it begins with.
     """
-    images = [load_image(path) for path in paths]
-    inputs, boxes = read_inputs(captioner.encoder, images, regions)
     if words is None:
-        captions = captioner.caption(inputs, **decoding)
-        spoken = [index for index, caption in enumerate(captions) if caption]
+        return ""
+    text = "_".join([mark, *words] if mark else words)
+    if len(text) <= LONGEST_MARK:
+        return text
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{text[:LONGEST_MARK]}_{digest}"
+
+
+def read_photographs(paths, regions):
+    """The Photographs of a few files, and {path: what is wrong} of those that cannot be read.
+
+    regions: files of their bottom-up features, or None.
+    """
+    photographs = []
+    failures = {}
+    for path, file in zip(paths, regions or [None] * len(paths)):
+        try:
+            features, boxes = load_regions(file) if file else (None, None)
+            photographs.append(Photograph(path, load_image(path), features, boxes))
+        except UserError as error:
+            failures[str(path)] = str(error)
+    return photographs, failures
+
+
+def explain(captioner, photographs, wanted):
+    """Explain the captions of a few Photographs.
+
+    Yields (photograph, {name of a method in the results: Explanation}) of each that the captioner
+    says something of.
+    """
+    if not photographs:
+        return
+    inputs = network_inputs(captioner.encoder, photographs)
+    if wanted.caption is None:
+        captions = captioner.caption(inputs, **wanted.decoding)
     else:
-        captions = [words] * len(images)
-        spoken = list(range(len(images)))
-    for index in sorted(set(range(len(paths))) - set(spoken)):
-        print(f"{paths[index]}: the captioner says nothing of it, so there is nothing to explain")
+        captions = [wanted.caption] * len(photographs)
+    spoken = []
+    for index, caption in enumerate(captions):
+        if caption:
+            spoken.append(index)
+        else:
+            path = photographs[index].path
+            tqdm.write(f"{path}: the captioner says nothing of it, so there is nothing to explain")
     if not spoken:
         return
     captions = [captions[index] for index in spoken]
     found = {}
-    for name, method in methods.items():
+    for name, method in wanted.methods.items():
         found[name] = captioner.explain(inputs[spoken], captions, method)
     for row, index in enumerate(spoken):
         explanations = {name: rows[row] for name, rows in found.items()}
-        if regions:
-            paint_regions(explanations, boxes[index], images[index])
-        yield paths[index], images[index], explanations
+        if captioner.encoder.given:
+            paint_regions(explanations, photographs[index])
+        yield photographs[index], explanations
 
 
-def read_inputs(encoder, images, regions):
-    """What the encoder takes, and each image's boxes, or None for a captioner of pixels.
-
-    The inputs are (B, 3, S, S) of the images, or (B, L, D) of the files `regions`.
-    """
-    if not regions:
-        transform = image_transform(encoder.image_size)
-        return torch.stack([transform(image) for image in images]), None
-    features, boxes = zip(*[load_regions(path) for path in regions])
-    return torch.stack(features), boxes
+def network_inputs(encoder, photographs):
+    """What the encoder takes of Photographs: images (B, 3, S, S), or given features (B, L, D)."""
+    if encoder.given:
+        return torch.stack([photograph.features for photograph in photographs])
+    transform = image_transform(encoder.image_size)
+    return torch.stack([transform(photograph.image) for photograph in photographs])
 
 
-def paint_regions(explanations, boxes, image):
-    """Give the explanations of an image's regions maps of its pixels."""
-    width, height = image.size
+def paint_regions(explanations, photograph):
+    """Give the explanations of a photograph's regions maps of its pixels."""
+    width, height = photograph.image.size
     for explanation in explanations.values():
         relevance = explanation.region_relevance
-        explanation.image_relevance = paint_boxes(relevance, boxes, (height, width))
+        explanation.image_relevance = paint_boxes(relevance, photograph.boxes, (height, width))
 
 
-def write_explanations(stem, image, explanations, about):
-    """Write the files of an image's explanations {name: Explanation}, and say so."""
-    words = next(iter(explanations.values())).words
-    print(f"{about['image']}: {' '.join(words)}")
+def write_explanations(stem, photograph, explanations, words, about):
+    """Write the files of a photograph's explanations {name: Explanation}, and say so.
+
+    words: to draw, or None for all; nothing is written where the caption has none of them. about:
+    what the files hold besides. Returns the words that were drawn.
+    """
+    caption = next(iter(explanations.values())).words
+    tqdm.write(f"{photograph.path}: {' '.join(caption)}")
+    positions = []
+    for position, word in enumerate(caption):
+        if words is None or word in words:
+            positions.append(position)
+    if not positions:
+        tqdm.write(f"  not drawn, for it has no word {' or '.join(words)}")
+        return []
+    about = {**about, "image": str(photograph.path), "caption": " ".join(caption)}
     for name, explanation in explanations.items():
         own = extended(stem, f"-{name}")
-        write_arrays(extended(own, ".npz"), explanation)
-        write_numbers(extended(own, ".json"), explanation, {**about, "method": name})
-        figure = save_figure(explanation_figure(image, explanation), extended(own, ".png"))
-        print(f"  explained in {figure}")
+        about["method"] = name
+        write_arrays(extended(own, ".npz"), explanation, about)
+        write_numbers(extended(own, ".json"), explanation, about)
+        figure = explanation_figure(photograph.image, explanation, positions)
+        tqdm.write(f"  explained in {save_figure(figure, extended(own, '.png'))}")
     if len(explanations) > 1:
-        comparison = comparison_figure(image, explanations)
-        print(f"  side by side in {save_figure(comparison, extended(stem, '-methods.png'))}")
+        comparison = comparison_figure(photograph.image, explanations, positions)
+        path = save_figure(comparison, extended(stem, "-methods.png"))
+        tqdm.write(f"  side by side in {path}")
+    return [caption[position] for position in positions]
 
 
-def write_arrays(path, explanation):
-    """Write all tensors of an explanation, and its words, as a NumPy archive."""
-    arrays = {}
+def write_arrays(path, explanation, about):
+    """Write all tensors of an explanation, its words and what is ABOUT it, as a NumPy archive."""
+    arrays = {name: np.array(about[name]) for name in ABOUT}
     for name, value in {**vars(explanation), **explanation.extra}.items():
         if isinstance(value, torch.Tensor):
             arrays[name] = value.numpy()
@@ -237,6 +488,26 @@ def write_numbers(path, explanation, about):
     sums = explanation.image_relevance.numpy().sum(axis=(1, 2))
     numbers["image_relevance_sum"] = sums.tolist()
     write_json(path, numbers)
+
+
+def report(failures, undrawn, total):
+    """Raise a UserError if some images were not explained, or some words drawn of none.
+
+    failures: {image: why it was not}; undrawn: words that no caption has; total: how many images
+    there were. If there is more than one thing to say, each is a line of its own before the error.
+    """
+    complaints = list(failures.values())
+    explained = total - len(failures)
+    if undrawn and explained:
+        complaints.append(f"no caption has the word {' or '.join(undrawn)}")
+    if failures and total > 1:
+        complaints.append(f"{explained} of {total} images were explained, the others are above")
+    if not complaints:
+        return
+    *lines, last = complaints
+    for line in lines:
+        print(line, file=sys.stderr)
+    raise UserError(last)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ In the heat maps red speaks for a word, blue against it, and white is zero.
 """
 
 import math
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -25,7 +26,8 @@ DOTS_PER_INCH = 110
 # All that follows is in inches.
 PANEL = 2.3  # the side of a panel and the margins beside it
 MARGIN = 0.06  # on each side of a panel
-CAPTION = 0.45  # the height of the caption, at the top of a figure
+CAPTION = 0.45  # the height of the caption, at the top of a figure, if it has one line
+CAPTION_LINE = 0.22  # the height of each further line
 TITLE = 0.3  # the height of a panel's title
 WORD_LINE = 0.24  # the height of a line of words
 GAP = 0.1  # between a panel and the words below it
@@ -33,6 +35,7 @@ SMALL_PANEL = 0.6 * PANEL  # in a comparison of methods
 SMALL_MARGIN = 0.03
 METHOD = 1.35  # the width of the methods' names in a comparison
 
+CHARACTERS_IN_A_PANEL = 22  # of the caption
 PANELS_IN_A_ROW = 5
 WORDS_IN_A_LINE = 5  # that the room below a panel is reckoned with
 
@@ -110,30 +113,36 @@ def paint_boxes(relevance, boxes, size):
     return maps
 
 
-def explanation_figure(image, explanation):
+def explanation_figure(image, explanation, positions=None):
     """A matplotlib Figure of an Explanation: the image, then a panel for every word.
 
-    A word's panel has its heat map over the image, and below it the words before it.
+    A word's panel has its heat map over the image, and below it the words before it. positions: of
+    the words to draw, or None for all.
     """
     words = explanation.words
-    panels = len(words) + 1
+    if positions is None:
+        positions = range(len(words))
+    panels = len(positions) + 1
     columns = min(PANELS_IN_A_ROW, panels)
     rows = math.ceil(panels / columns)
-    text_height = WORD_LINE * (1.5 + len(words) // WORDS_IN_A_LINE)
+    last = max(positions, default=-1)
+    text_height = WORD_LINE * (1.5 + (last + 1) // WORDS_IN_A_LINE)
     row_height = PANEL + text_height + TITLE
     side = PANEL - 2 * MARGIN
-    sheet = Sheet(PANEL * columns, CAPTION + rows * row_height)
-    sheet.text(0.1, sheet.height - 0.12, " ".join(words), fontsize=13, va="top")
+    caption = textwrap.wrap(" ".join(words), CHARACTERS_IN_A_PANEL * columns)
+    caption_height = CAPTION + CAPTION_LINE * (len(caption) - 1)
+    sheet = Sheet(PANEL * columns, caption_height + rows * row_height)
+    sheet.text(0.1, sheet.height - 0.12, "\n".join(caption), fontsize=13, va="top")
     for panel in range(panels):
         row, column = divmod(panel, columns)
         left = column * PANEL + MARGIN
-        bottom = sheet.height - (CAPTION + row * row_height + TITLE + side)
+        bottom = sheet.height - (caption_height + row * row_height + TITLE + side)
         picture = sheet.axes(left, bottom, side, side)
         below = sheet.axes(left, bottom - text_height, side, text_height - GAP)
         if panel == 0:
             draw_image(picture, below, image, explanation.image_relevance.shape[1:])
         else:
-            draw_word(picture, below, image, explanation, panel - 1)
+            draw_word(picture, below, image, explanation, positions[panel - 1])
     return sheet.figure
 
 
@@ -188,25 +197,28 @@ def draw_words(axes, words, relevance):
         x += extent.width + space
 
 
-def comparison_figure(image, explanations):
+def comparison_figure(image, explanations, positions=None):
     """A matplotlib Figure of several methods: a row of heat maps for each, a column for each word.
 
-    explanations: {method: Explanation}, all of the same caption.
+    explanations: {method: Explanation}, all of the same caption; positions: of the words to draw,
+    or None for all.
     """
     words = next(iter(explanations.values())).words
+    if positions is None:
+        positions = range(len(words))
     side = SMALL_PANEL - 2 * SMALL_MARGIN
-    width = METHOD + SMALL_PANEL * len(words)
+    width = METHOD + SMALL_PANEL * len(positions)
     sheet = Sheet(width, CAPTION + SMALL_PANEL * len(explanations))
     for row, (method, explanation) in enumerate(explanations.items()):
         bottom = (len(explanations) - 1 - row) * SMALL_PANEL
         name = method.replace("_", " ")
         sheet.text(0.08, bottom + SMALL_PANEL / 2, name, fontsize=10, va="center")
-        for position, word in enumerate(words):
-            left = METHOD + position * SMALL_PANEL + SMALL_MARGIN
+        for column, position in enumerate(positions):
+            left = METHOD + column * SMALL_PANEL + SMALL_MARGIN
             axes = sheet.axes(left, bottom + SMALL_MARGIN, side, side)
             draw_overlay(axes, image, explanation, position)
             if row == 0:
-                draw_title(axes, word)
+                draw_title(axes, words[position])
     return sheet.figure
 
 

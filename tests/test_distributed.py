@@ -123,8 +123,8 @@ def test_two_processes_explain_as_one_does(folder, tmp_path):
     for processes in (1, 2):
         run(processes, "explain.py", *images, *flags, "--output", tmp_path / str(processes))
     for image in images:
-        one = np.load(tmp_path / "1" / f"{image.stem}-lrp.npz")
-        two = np.load(tmp_path / "2" / f"{image.stem}-lrp.npz")
+        one = np.load(tmp_path / "1" / f"{image.stem}-it-lrp.npz")
+        two = np.load(tmp_path / "2" / f"{image.stem}-it-lrp.npz")
         assert one.files == two.files
         for name in one.files:
             assert np.array_equal(one[name], two[name])
