@@ -78,11 +78,12 @@ FLAGS = [
     ),
     Flag(
         "methods",
-        "explanations for the experiments",
+        f"explanations for the experiments, of {', '.join(METHODS)}",
         default=["lrp", "gradcam", "guided_gradcam", "attention"],
         type=str,
         choices=tuple(METHODS),
         nargs="+",
+        metavar="NAME",
         shown="lrp gradcam guided_gradcam attention",
         modes=CAPTIONER,
         alias="method",

@@ -66,15 +66,17 @@ FLAGS = [
         default=[DEFAULT_CHECKPOINT],
         type=str,
         nargs="+",
+        metavar="FILE",
         shown=DEFAULT_CHECKPOINT,
     ),
     Flag(
         "method",
-        "how to explain",
+        f"how to explain, one or more of {', '.join(METHODS)}",
         default=["lrp"],
         type=str,
         choices=tuple(METHODS),
         nargs="+",
+        metavar="NAME",
         shown="lrp",
         alias="methods",
     ),
@@ -93,7 +95,7 @@ FLAGS = [
         switch=True,
     ),
     Flag("caption", "explain this caption", shown="the captioner's own"),
-    Flag("words", "draw only these words of the captions", nargs="+", shown="all"),
+    Flag("words", "draw only these words of the captions", nargs="+", metavar="WORD", shown="all"),
     Flag("output", "folder for what is written", default="explanations"),
 ]
 
