@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import decoding
 import explanation
-from commandline import UserError, write_tensors
+from commandline import UserError, find_checkpoint, write_tensors
 from encoder import eval_view
 from lrp_utils import TRUE_GRADIENT, summed
 
@@ -460,9 +460,12 @@ def widened(parts, width):
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint file; UserError if there is none, or it is something else."""
+    """The dict in a checkpoint file; UserError if there is none, or it is something else.
+
+    The path is looked up by `find_checkpoint`.
+    """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(find_checkpoint(path), map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; {checkpoints_beside(path)}") from None
     except Exception:  # torch.load raises many kinds for a file that is no checkpoint

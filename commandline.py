@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# The captioners that are in the repository, by their paths in it.
+SHIPPED = ("checkpoints/flickr8k.pt", "checkpoints/scenes-gridtd.pt")
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, and what to do."""
@@ -289,6 +292,18 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def find_checkpoint(path):
+    """The path of a checkpoint: as given, or, where no such file is, that of the one that ships.
+
+    So the captioners of SHIPPED are found from any folder by the names that they have in the
+    repository. A file that a user has under such a name comes first.
+    """
+    path = Path(path)
+    if path.as_posix() in SHIPPED and not path.exists():
+        return Path(__file__).parent / path
+    return path
+
+
 def provenance(seed=None, checkpoint=None):
     """What a result needs to be made again, as a dict.
 
@@ -303,5 +318,5 @@ def provenance(seed=None, checkpoint=None):
             "numpy": np.__version__,
         },
         "checkpoint": str(checkpoint) if checkpoint else None,
-        "checkpoint_sha256": file_hash(checkpoint) if checkpoint else None,
+        "checkpoint_sha256": file_hash(find_checkpoint(checkpoint)) if checkpoint else None,
     }

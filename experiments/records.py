@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-from commandline import UserError, file_hash, write_atomically
+from commandline import UserError, file_hash, find_checkpoint, write_atomically
 from experiments.case import examine
 from explanation import method_for
 
@@ -27,7 +27,7 @@ def header_of(checkpoint, dataset, experiments, setting):
     """
     files = [dataset.folder / f"{name}.json" for name in (dataset.split, "info")]
     return {
-        "checkpoint": file_hash(checkpoint),
+        "checkpoint": file_hash(find_checkpoint(checkpoint)),
         "dataset": [file_hash(file) for file in files],
         "methods": list(setting.methods),
         "experiments": list(experiments),

@@ -20,7 +20,7 @@ from captioner import (
     commands_for,
     load_captioner,
 )
-from commandline import UserError
+from commandline import SHIPPED, UserError, file_hash, find_checkpoint, provenance
 from explanation import methods_of
 from images import image_transform, load_image
 from vocabulary import Vocabulary
@@ -447,6 +447,30 @@ def test_training_the_decoder_does_not_fold_the_encoder_again(images):
     captioner.fc.weight.sum().backward()
     optimizer.step()
     assert captioner.encoder.folded() is first
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_a_captioner_that_ships_is_found_from_any_folder(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint(path) == ROOT / path
+    load_captioner(path)
+    assert provenance(checkpoint=path)["checkpoint_sha256"] == file_hash(ROOT / path)
+
+
+def test_a_users_own_file_comes_before_the_captioner_that_ships(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    own = Path(SHIPPED[0])
+    own.parent.mkdir()
+    own.write_text("mine")
+    assert find_checkpoint(own).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "path", ["flickr8k.pt", "checkpoints/other.pt", "/checkpoints/flickr8k.pt"]
+)
+def test_other_checkpoints_are_where_their_path_says(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint(path) == Path(path)
 
 
 def test_the_captioner_for_photographs_that_ships_explains_them():
