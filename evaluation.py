@@ -439,5 +439,10 @@ def write_figure(tables, path):
     return drawn
 
 
-if __name__ == "__main__":
+def command():
+    """The command `lrp-evaluate` of an installation."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

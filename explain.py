@@ -512,5 +512,10 @@ def report(failures, undrawn, total):
     raise UserError(last)
 
 
-if __name__ == "__main__":
+def command():
+    """The command `lrp-explain` of an installation."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

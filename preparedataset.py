@@ -205,5 +205,10 @@ def main():
         )
 
 
-if __name__ == "__main__":
+def command():
+    """The command `lrp-prepare` of an installation."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()

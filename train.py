@@ -729,5 +729,10 @@ def main():
         train(options, device)
 
 
-if __name__ == "__main__":
+def command():
+    """The command `lrp-train` of an installation."""
     run(main)
+
+
+if __name__ == "__main__":
+    command()
