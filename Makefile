@@ -1,11 +1,14 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
 #   make demo       explain the captions of three photographs and of two drawn scenes
+#   make explain IMAGE=photo.jpg    explain the caption of a photograph of yours
 #   make check      ruff: style, and what it finds wrong
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
 #   make tuning-experiment    fine-tune every captioner in every way, three seeds (hours), and
 #                   print the table of RESULTS.md
 #   make scenes     draw the embedded dataset and train its captioner again
+# On Linux PyPI's PyTorch is the one for NVIDIA GPUs. TORCH=cpu, added to the first `make` or after
+# `make clean`, takes the one for CPUs from PyTorch's own index.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -13,13 +16,22 @@ CORENLP := edu.stanford.nlp:stanford-corenlp:3.6.0
 RHINO := org.mozilla:rhino:1.7.15 org.mozilla:rhino-engine:1.7.15
 SPICE_JARS := $(CORENLP) $(CORENLP):jar:models $(RHINO)
 MVN_COPY := mvn -q dependency:copy -DoutputDirectory=data/spice
+ifeq ($(TORCH),cpu)
+PIP_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
+else ifneq ($(TORCH),)
+$(error TORCH=$(TORCH) is unknown: give TORCH=cpu, or nothing for PyPI's PyTorch)
+endif
 
-.PHONY: demo check test spice tuning-experiment scenes clean
+.PHONY: demo explain check test spice tuning-experiment scenes clean
 
 demo: .venv/installed
 	$(RUN) explain.py data/photographs/*.jpg
 	$(RUN) explain.py data/demo/*.jpg --checkpoint checkpoints/scenes-gridtd.pt
 	@echo "The figures are in the folder explanations."
+
+explain: .venv/installed
+	@test -n "$(IMAGE)" || { echo "of which photograph? make explain IMAGE=photo.jpg"; exit 2; }
+	$(RUN) explain.py $(IMAGE)
 
 check: .venv/installed
 	.venv/bin/ruff check .
@@ -46,7 +58,8 @@ scenes: .venv/installed
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installing into .venv; this takes some minutes."
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_INDEX) -r requirements.txt
 	touch $@
 
 clean:
