@@ -26,7 +26,8 @@ class BertScore:
             import bert_score
         except ImportError:
             raise ScorerUnavailable(
-                "the package bert-score is not installed; pip install bert-score==0.3.13"
+                "the package bert-score is not installed; "
+                "pip install bert-score==0.3.13 'transformers<5'"
             ) from None
         folder = local_model(model)
         if layer is None:
