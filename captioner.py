@@ -15,7 +15,7 @@ import torch
 from aoamodel import AoACaptioner
 from basemodel import CaptionerConfig, read_checkpoint
 from captiondata import dataset_folder
-from commandline import UserError
+from commandline import UserError, find_checkpoint
 from encoder import Encoder
 from explanation import METHODS, Explanation
 from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
@@ -57,7 +57,7 @@ def load_captioner(path, device="cpu"):
     UserError if the file is not one; if it is missing, with the commands that make it.
     """
     commands = commands_for(path)
-    if commands and not Path(path).exists():
+    if commands and not find_checkpoint(path).exists():
         raise UserError(f"there is no checkpoint {path}; make it with: {' && '.join(commands)}")
     # Parameters that are made in inference mode could not be explained later.
     with torch.inference_mode(False):
