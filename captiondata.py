@@ -37,7 +37,7 @@ from featurecache import (
     lay_out,
     write_missing_rows,
 )
-from images import image_size, image_transform, load_image
+from images import image_size, image_transform, load_image, require_whole
 from vocabulary import Vocabulary, tokenize
 
 CAPTIONS_PER_IMAGE = 5
@@ -357,12 +357,14 @@ def _encode(entry, vocabulary, max_length, generator, counts):
 
 
 def require_images(images_root, splits):
-    """UserError unless the file of every entry is an image, by its header; sets the width and
-    height that an entry lacks."""
+    """UserError unless the file of every entry is an image, by its header, and was not cut short;
+    sets the width and height that an entry lacks."""
     entries = list(itertools.chain.from_iterable(splits.values()))
     _require_files([images_root / entry["file"] for entry in entries], "images")
     for entry in entries:
-        width, height = image_size(images_root / entry["file"])
+        path = images_root / entry["file"]
+        width, height = image_size(path)
+        require_whole(path)
         if not (_is_length(entry["width"]) and _is_length(entry["height"])):
             entry["width"] = width
             entry["height"] = height

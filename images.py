@@ -1,5 +1,6 @@
 """Pixels: reading an image file of any kind, and making of it what an encoder takes."""
 
+import os
 import struct
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from commandline import UserError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 EXIF_ORIENTATION = 0x0112
-
+# The last bytes of a file of these formats that was not cut short.
+FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -49,6 +51,25 @@ def image_size(path):
     with opened_image(path) as image:
         sideways = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
         return image.size[::-1] if sideways else image.size
+
+
+def require_whole(path):
+    """UserError naming the file if it was cut short, as by a download that broke off.
+
+    A JPEG or PNG file that ends as it should is taken for whole: to decode every image of a large
+    dataset would take minutes. Any other file is decoded.
+    """
+    with opened_image(path) as image:
+        end = FILE_ENDS.get(image.format)
+        if end is None or not _ends_with(path, end):
+            image.load()
+
+
+def _ends_with(path, end):
+    """Whether these are the last bytes of a file that has more of them."""
+    with open(path, "rb") as file:
+        file.seek(-len(end), os.SEEK_END)
+        return file.read() == end
 
 
 @contextmanager

@@ -328,6 +328,8 @@ RAW = {
         "1001_ab1.jpg cannot be read as an image"),
     "image cut in its header": (FLICKR, cut(PHOTO, 30), [],
         "1001_ab1.jpg cannot be read as an image"),
+    "image truncated": (FLICKR, cut(PHOTO, -100), [],
+        "1001_ab1.jpg cannot be read as an image, it may be damaged"),
     "image of too many pixels": (FLICKR, huge_image, [], "1001_ab1.jpg cannot be read as an image"),
     "Entities cut off": (FLICKR, cut(ANNOTATION), [],
         "1001.xml or .*1001.txt is missing, damaged or not of Flickr30k Entities"),
@@ -540,9 +542,7 @@ def test_bad_prepared_dataset(damage, flags, message, place, monkeypatch, capsys
 
 
 # what is wrong: (what damages the raw dataset, flags of preparedataset.py, the line)
-PIXELS = {
-    "image truncated": (cut(PHOTO, -100), ["--features", "scenes_vgg", "--batch_size", 1],
-        "1001_ab1.jpg cannot be read as an image, it may be damaged"),
+REGIONS = {
     "regions of another network": (regions_of_another_network, BOTTOM_UP,
         "expected 1 to 36 regions of 2048 numbers with a box each, not features .4, 7."),
     "regions a number": (regions_a_number, BOTTOM_UP,
@@ -554,11 +554,11 @@ PIXELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage, flags, message", PIXELS.values(), ids=PIXELS)
-def test_what_is_wrong_with_pixels_leaves_a_whole_dataset_and_an_unfinished_cache(
+@pytest.mark.parametrize("damage, flags, message", REGIONS.values(), ids=REGIONS)
+def test_what_is_wrong_with_regions_leaves_a_whole_dataset_and_an_unfinished_cache(
     damage, flags, message, place, monkeypatch, capfd
 ):
-    """Pixels are read last, for that takes longest; the cache goes on from there once they are
+    """They are read last, for that takes longest; the cache goes on from there once they are
     mended."""
     write_flickr(Path("raw"))
     damage(Path("raw"))
