@@ -51,6 +51,32 @@ def dataset_folder(name):
     return Path("data") / name if Path(name).name == name else Path(name)
 
 
+def source_of(info):
+    """Which row of readers.SOURCES a prepared dataset was read by, of its info.json."""
+    return info.get("source", info["name"])  # earlier preparations are called by their source
+
+
+def folder_of(about):
+    """The folder of the prepared dataset that a captioner was trained on.
+
+    about: what its checkpoint says of where it comes from. UserError if it does not say that, or
+    the dataset is not there any more.
+    """
+    name = about.get("dataset")
+    if name is None:
+        raise UserError("the checkpoint does not say what it was trained on; name the dataset")
+    trained_on = about.get("folder")
+    folders = [Path(trained_on)] if trained_on else []
+    folders.append(dataset_folder(name))
+    for folder in folders:
+        if (folder / "info.json").exists():
+            return folder
+    raise UserError(
+        f"the captioner was trained on {name}, and there is no prepared dataset {folders[0]}; "
+        "make it by preparedataset.py, or name another dataset"
+    )
+
+
 def open_split(folder, split, encoder):
     """The split as the encoder wants it: images, or cached features where no image is looked at."""
     if encoder.given:
@@ -268,12 +294,13 @@ def _read_regions(path):
 # ----------------------------------------------------------------------------------------- writing
 
 
-def write_dataset(output, name, raw, min_word_freq, max_length, seed=0, regions=None):
+def write_dataset(output, name, raw, min_word_freq, max_length, seed=0, regions=None, source=None):
     """Make a prepared dataset called `name` of a `readers.Raw` in the folder `output`; returns its
     info.
 
-    Everything is checked before anything is written: that there is a file for every image, and in
-    the folder `regions`, if it is given, too. UserError for what is missing or left empty.
+    source: the name of its row in readers.SOURCES, if that is another. Everything is checked before
+    anything is written: that there is a file for every image, and in the folder `regions`, if it is
+    given, too. UserError for what is missing or left empty.
     """
     vocabulary, splits, summary = encode_captions(raw.splits, min_word_freq, max_length, seed)
     require_images(raw.images_root, splits)
@@ -283,6 +310,7 @@ def write_dataset(output, name, raw, min_word_freq, max_length, seed=0, regions=
     summary["vocabulary"] = len(vocabulary.kept)
     info = {
         "name": name,
+        "source": source or name,
         "images_root": _path_from(output, raw.images_root),
         "min_word_freq": min_word_freq,
         "max_length": _longest(splits),

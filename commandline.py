@@ -256,6 +256,19 @@ def check_output_folder(folder):
         raise UserError(f"nothing can be written into {folder} ({error.strerror})") from None
 
 
+def require_writable(path):
+    """UserError unless a file can be written at `path`, whose folder need not be there yet.
+
+    Nothing is left behind. It is for a command that writes late, to complain early.
+    """
+    path = Path(path)
+    try:
+        path.exists()  # fails for a name that is too long
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    check_output_folder(path.parent)
+
+
 def write_tensors(path, value):
     """Save to `path`, whole or not at all, what `torch.load(weights_only=True)` reads again.
 

@@ -4,6 +4,12 @@ demand, cached features.
     python preparedataset.py                                      # draws and prepares the scenes
     python preparedataset.py --dataset coco2017 --root ~/coco2017
     python preparedataset.py --dataset flickr30k --root ~/flickr30k --features vgg16
+    python preparedataset.py --dataset csv --root ~/pets --captions pets.csv       # one's own
+    python preparedataset.py --dataset karpathy --root ~/pets        # its dataset_*.json
+
+A file of one's own captions has the columns image (a file in ROOT) and caption, a row a caption,
+and if need be split (train, val or test). It is a .csv, a .tsv, or a .jsonl with an object a line.
+Without splits a tenth of the images is val and a tenth is test, as --seed draws them.
 
 The raw files are read by readers/, and what is written here is read by captiondata.py.
 """
@@ -11,7 +17,7 @@ The raw files are read by readers/, and what is written here is read by captiond
 import math
 from pathlib import Path
 
-from captiondata import cache_features, write_dataset
+from captiondata import cache_features, source_of, write_dataset
 from commandline import (
     CommandLine,
     Flag,
@@ -19,7 +25,10 @@ from commandline import (
     add_common_flags,
     add_flags,
     check_limits,
+    check_modes,
     choose_device,
+    read_json,
+    require_writable,
     run,
     set_seed,
 )
@@ -32,22 +41,36 @@ DROPPED = {  # the counts of what is left out, and why
     "captions_dropped_too_long": "captions longer than --max_length",
     "images_dropped_without_caption": "images left without a caption",
 }
+MANY_UNKNOWN = 0.1  # the share of <unk> among the words of train that is worth a remark
+OWN = tuple(name for name, source in SOURCES.items() if source.own)
 
 
-def prepare(name, root, output, min_word_freq=None, max_length=None, seed=0, regions=None):
+def prepare(
+    name, root, output, min_word_freq=None, max_length=None, seed=0, regions=None, captions=None
+):
     """Read the dataset `name` (of readers.SOURCES) in the folder `root` and write it into `output`,
     all but the feature cache; returns its info.
 
-    min_word_freq, max_length: by default the dataset's own. See `captiondata.write_dataset`.
+    min_word_freq, max_length: by default the dataset's own; captions: the file of one's own, whose
+    dataset is called as `output` is. See `captiondata.write_dataset`.
     """
     source = SOURCES[name]
     output = Path(output)
     if output.exists():
         require_folder(output, "the folder to write")
-    raw = read_raw(name, root)
+    if captions and Path(captions).resolve().parent == output.resolve():
+        require_kept(Path(captions))
+    raw = read_raw(name, root, captions, seed)
     min_word_freq = min_word_freq or source.min_word_freq
     max_length = max_length or source.max_length
-    return write_dataset(output, name, raw, min_word_freq, max_length, seed, regions)
+    title = output.resolve().name if source.own else name
+    return write_dataset(output, title, raw, min_word_freq, max_length, seed, regions, name)
+
+
+def require_kept(captions):
+    """UserError if a prepared dataset in the folder of the file `captions` would replace it."""
+    if captions.name in [f"{part}.json" for part in ("info", "vocabulary", "train", "val", "test")]:
+        raise UserError(f"{captions} would be replaced; choose another folder to write")
 
 
 def describe(info):
@@ -72,12 +95,32 @@ def describe(info):
         f"vocabulary: {summary['vocabulary']} words that occur in train at least "
         f"{info['min_word_freq']} times, and <pad>, <unk>, <start>, <end>"
     )
+    train = summary["train"]
+    if train["words_unknown"] > MANY_UNKNOWN * train["words"]:
+        share = train["words_unknown"] / train["words"]
+        yield (
+            f"{share:.0%} of the words in train are <unk>, which no caption can say; "
+            "--min_word_freq 1 keeps them all"
+        )
 
 
 FLAGS = [
     Flag("dataset", "what to prepare", default="scenes", choices=tuple(SOURCES)),
     Flag("root", "folder of the raw dataset", type=Path, shown="for scenes the output folder"),
-    Flag("output", "folder to write", type=Path, shown="data/DATASET"),
+    Flag(
+        "captions",
+        "file of the captions of one's own images",
+        type=Path,
+        metavar="FILE",
+        shown="for karpathy ROOT/dataset_*.json",
+        modes=OWN,
+    ),
+    Flag(
+        "output",
+        "folder to write",
+        type=Path,
+        shown=f"data/DATASET; for {' and '.join(OWN)} data/NAME, where NAME is ROOT's name",
+    ),
     Flag(
         "min_word_freq",
         "occurrences in the train captions that a word needs",
@@ -92,7 +135,7 @@ FLAGS = [
         type=int,
         limits=(1, math.inf),
         metavar="N",
-        shown="Flickr 50, coco2017 and scenes 30",
+        shown="50, coco2017 and scenes 30",
     ),
     Flag(
         "features",
@@ -128,17 +171,25 @@ FLAGS = [
         limits=(0, math.inf),
     ),
 ]
+SCENES = ("scenes",)
 SCENES_FLAGS = [
-    Flag("train", "images to draw for train", default=5000, limits=(1, math.inf)),
-    Flag("val", "images to draw for val", default=500, limits=(1, math.inf)),
-    Flag("test", "images to draw for test", default=500, limits=(1, math.inf)),
-    Flag("image_size", "side of a scene in pixels", default=128, limits=(1, math.inf)),
+    Flag("train", "images to draw for train", default=5000, limits=(1, math.inf), modes=SCENES),
+    Flag("val", "images to draw for val", default=500, limits=(1, math.inf), modes=SCENES),
+    Flag("test", "images to draw for test", default=500, limits=(1, math.inf), modes=SCENES),
+    Flag(
+        "image_size",
+        "side of a scene in pixels",
+        default=128,
+        limits=(1, math.inf),
+        modes=SCENES,
+    ),
     Flag(
         "bias",
         "probability in train that a planted pair's second object joins the first",
         default=0.9,
+        modes=SCENES,
     ),
-    Flag("test_bias", "the same in val and test", default=0.6),
+    Flag("test_bias", "the same in val and test", default=0.6, modes=SCENES),
 ]
 
 
@@ -150,9 +201,13 @@ def parse_arguments(argv=None):
     add_common_flags(parser)
     args = parser.parse_args(argv)
     check_limits(vars(args), FLAGS + SCENES_FLAGS)
+    names = {name: f"--dataset {name}" for name in SOURCES}
+    check_modes(parser.given(args), FLAGS + SCENES_FLAGS, args.dataset, names)
     if args.dataset != "scenes" and not args.root:
         layout = SOURCES[args.dataset].layout
         raise UserError(f"--dataset {args.dataset} needs --root, the folder with {layout}")
+    if args.dataset == "csv" and not args.captions:
+        raise UserError("--dataset csv needs --captions, the file with the columns image, caption")
     if (args.features == "bottom_up") != bool(args.regions):
         raise UserError("--features bottom_up and --regions FOLDER belong together")
     for name in ("encoder_weights", "augment"):
@@ -163,6 +218,43 @@ def parse_arguments(argv=None):
     return args
 
 
+def default_output(dataset, root):
+    """The folder in which a dataset is prepared unless the user names one.
+
+    UserError if that of one's own images holds another dataset, which would be replaced.
+    """
+    if not SOURCES[dataset].own:
+        return Path("data") / dataset
+    output = Path("data") / root.resolve().name
+    info = output / "info.json"
+    if info.exists():
+        prepared = read_json(info)
+        images = (output / prepared["images_root"]).resolve()
+        if source_of(prepared) != dataset or not images.is_relative_to(root.resolve()):
+            raise UserError(
+                f"{output} holds another dataset; choose the folder to write by --output"
+            )
+    return output
+
+
+def draw(root, output, args):
+    """Draw the scenes into the folder `root`, unless they are there."""
+    if root.exists():
+        require_folder(root, "where the scenes are drawn")
+    require_writable(root / "drawn.json")
+    draw_scenes(
+        root,
+        output,
+        train=args.train,
+        val=args.val,
+        test=args.test,
+        size=args.image_size,
+        bias=args.bias,
+        test_bias=args.test_bias,
+        seed=args.seed,
+    )
+
+
 def main():
     """Draw if need be, prepare, and cache features if asked to."""
     args = parse_arguments()
@@ -170,24 +262,22 @@ def main():
     # What is wrong with the encoder or the device is told before anything is written.
     encoder = build_encoder(args.features, args.encoder_weights) if args.features else None
     device = choose_device(args.device)
-    output = args.output or Path("data") / args.dataset
+    output = args.output or default_output(args.dataset, args.root)
     root = args.root or output
+    if output.exists():
+        require_folder(output, "the folder to write")
+    require_writable(output / "info.json")
     if args.dataset == "scenes":
-        if root.exists():
-            require_folder(root, "where the scenes are drawn")
-        draw_scenes(
-            root,
-            output,
-            train=args.train,
-            val=args.val,
-            test=args.test,
-            size=args.image_size,
-            bias=args.bias,
-            test_bias=args.test_bias,
-            seed=args.seed,
-        )
+        draw(root, output, args)
     info = prepare(
-        args.dataset, root, output, args.min_word_freq, args.max_length, args.seed, args.regions
+        args.dataset,
+        root,
+        output,
+        args.min_word_freq,
+        args.max_length,
+        args.seed,
+        args.regions,
+        args.captions,
     )
     print(*describe(info), sep="\n")
     images = ", ".join(f"{split} {count}" for split, count in info["splits"].items())

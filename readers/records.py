@@ -95,6 +95,8 @@ FIELDS = {  # what is read of the records in the datasets' own files
     "imgid": WHOLE_NUMBER,
     "file_name": FILE,
     "filename": FILE,
+    "filepath": FILE,
+    "cocoid": WHOLE_NUMBER,
     "caption": TEXT,
     "raw": TEXT,
     "name": TEXT,

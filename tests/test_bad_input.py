@@ -353,6 +353,12 @@ RAW = {
     "a word for a number": (FLICKR, whole, ["--batch_size", "many"],
         "argument --batch_size: invalid int value: 'many'"),
     "a negative seed": (FLICKR, whole, ["--seed", -1], "argument --seed: -1 is not between 0 and"),
+    "a flag of the scenes": (FLICKR, whole, ["--bias", 0.5],
+        "--bias goes with --dataset scenes only"),
+    "a flag of one's own images": (FLICKR, whole, ["--captions", "raw/my.csv"],
+        "--captions goes with --dataset karpathy or --dataset csv only"),
+    "captions not given": (FLICKR, whole, ["--dataset", "csv"],
+        "--dataset csv needs --captions, the file with the columns image, caption"),
     "a flag that is none": (FLICKR, whole, ["--ruut", "raw"], "unrecognized arguments: --ruut raw"),
     "dataset unknown": (FLICKR, whole, ["--dataset", "imagenet"],
         "argument --dataset: invalid choice: 'imagenet'"),
@@ -380,7 +386,8 @@ RAW = {
         "1 of 4 files of regions are missing, the first is regions/val/1002_ab2.jpg.hdf5"),
     "output a file": (FLICKR, whole, ["--output", f"raw/{KARPATHY}"],
         f"raw/{KARPATHY} .the folder to write. is a file, not a folder"),
-    "output inside a file": (FLICKR, whole, ["--output", f"raw/{KARPATHY}/x"], "Not a directory"),
+    "output inside a file": (FLICKR, whole, ["--output", f"raw/{KARPATHY}/x"],
+        f"raw/{KARPATHY}/x/info.json cannot be written .Not a directory."),
 }  # fmt: skip
 
 
