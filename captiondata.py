@@ -52,7 +52,7 @@ def dataset_folder(name):
 
 
 def source_of(info):
-    """Which row of readers.SOURCES a prepared dataset was read by, of its info.json."""
+    """Which row of readers.SOURCES a prepared dataset was read by, of what `read_info` returns."""
     return info.get("source", info["name"])  # earlier preparations are called by their source
 
 
@@ -111,37 +111,17 @@ class CaptionDataset(Dataset):
         self.info = self._read_info()
         self.vocabulary = Vocabulary.load(self.folder / "vocabulary.json")
         self.entries = read_json(self.folder / f"{split}.json")
-        self._require(self._are_entries, self.entries, f"{split}.json")
+        _require(self._are_entries, self.entries, self.folder / f"{split}.json")
         self._readers = self._open_readers(versions) if features else []
         self._memory = None
         self.features_attributes = self._readers[0].attributes if features else None
 
     def _read_info(self):
-        path = self.folder / "info.json"
-        if not path.exists():
-            raise UserError(
-                f"{self.folder} is not a prepared dataset; "
-                f"run: python preparedataset.py --output {self.folder} ..."
-            )
-        info = read_json(path)
-        self._require(_is_info, info, "info.json")
+        info = read_info(self.folder)
         if self.split not in info["splits"]:
             there = ", ".join(info["splits"])
             raise UserError(f"{self.folder} has no split '{self.split}'; it has: {there}")
         return info
-
-    def _require(self, test, content, file):
-        """UserError unless the content of a file passes. It does not if the file was edited or
-        copied from another preparation."""
-        try:
-            sound = test(content)
-        except (TypeError, KeyError, ValueError, AttributeError):
-            sound = False
-        if not sound:
-            raise UserError(
-                f"{self.folder / file} is damaged or of another preparation than its neighbours; "
-                "run preparedataset.py again"
-            )
 
     def _are_entries(self, entries):
         """Whether there are as many as info.json says, all of them sound."""
@@ -240,6 +220,33 @@ class CaptionDataset(Dataset):
     def features_bytes(self):
         """How many bytes of memory `load` takes."""
         return len(self._readers) * len(self) * self._row(0).nbytes
+
+
+def read_info(folder):
+    """The dict in info.json of a prepared dataset. UserError if the folder is none, or damaged."""
+    path = Path(folder) / "info.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a prepared dataset; "
+            f"run: python preparedataset.py --output {folder} ..."
+        )
+    info = read_json(path)
+    _require(_is_info, info, path)
+    return info
+
+
+def _require(test, content, path):
+    """UserError unless the content of a file passes. It does not if the file was edited or copied
+    from another preparation."""
+    try:
+        sound = test(content)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{path} is damaged or of another preparation than its neighbours; "
+            "run preparedataset.py again"
+        )
 
 
 def _is_info(info):

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -49,6 +50,17 @@ def versions_of(folder, encoder):
     for version in itertools.count(1):
         if not features_path(folder, encoder, version).exists():
             return version - 1
+
+
+def cached_encoders(folder):
+    """The names of the encoders whose features are cached in a folder, sorted."""
+    names = []
+    for path in sorted(Path(folder).glob("features-*.h5")):
+        with suppress(OSError, KeyError), h5py.File(path, "r") as file:
+            name = file.attrs["encoder"]
+            if path == features_path(folder, name):  # not of augmented images
+                names.append(name)
+    return sorted(names)
 
 
 def files_hash(entries):

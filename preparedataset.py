@@ -17,7 +17,7 @@ The raw files are read by readers/, and what is written here is read by captiond
 import math
 from pathlib import Path
 
-from captiondata import cache_features, source_of, write_dataset
+from captiondata import cache_features, read_info, source_of, write_dataset
 from commandline import (
     CommandLine,
     Flag,
@@ -27,7 +27,6 @@ from commandline import (
     check_limits,
     check_modes,
     choose_device,
-    read_json,
     require_writable,
     run,
     set_seed,
@@ -226,11 +225,10 @@ def default_output(dataset, root):
     if not SOURCES[dataset].own:
         return Path("data") / dataset
     output = Path("data") / root.resolve().name
-    info = output / "info.json"
-    if info.exists():
-        prepared = read_json(info)
-        images = (output / prepared["images_root"]).resolve()
-        if source_of(prepared) != dataset or not images.is_relative_to(root.resolve()):
+    if (output / "info.json").exists():
+        info = read_info(output)
+        images = (output / info["images_root"]).resolve()
+        if source_of(info) != dataset or not images.is_relative_to(root.resolve()):
             raise UserError(
                 f"{output} holds another dataset; choose the folder to write by --output"
             )

@@ -23,7 +23,6 @@ checkpoints/NAME.jsonl and a point of the curves in checkpoints/NAME.training.pn
 """
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import torch
 
 import distributed
 from basemodel import DROPOUTS, read_checkpoint
-from captiondata import CaptionDataset, dataset_folder
+from captiondata import CaptionDataset, dataset_folder, folder_of, read_info, source_of
 from captioner import (
     MODELS,
     CaptionerConfig,
@@ -48,15 +47,23 @@ from commandline import (
     check_limits,
     check_modes,
     provenance,
+    require_writable,
     run,
     set_seed,
 )
 from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, build_encoder, encoder_spec, has_learnt
-from featurecache import encoder_path, features_path, versions_of
+from featurecache import cached_encoders, encoder_path, features_path, versions_of
 from images import image_transform
 from objectives import CROSS_ENTROPY, TUNING_MODES, ObjectiveConfig, build_objective
-from trainer import SCHEDULES, Trainer, TrainingConfig, cache_in_memory, pretrain_encoder
+from trainer import (
+    SCHEDULES,
+    Trainer,
+    TrainingConfig,
+    cache_in_memory,
+    pretrain_encoder,
+    show_overview,
+)
 
 FROM_START = (CROSS_ENTROPY,)
 SCST_MODES = ("cider_tune", "lrp_cider_tune")
@@ -136,7 +143,11 @@ TUNING = {
 FLICKR_ITERATIONS = 320
 
 DECIDING_FLAGS = [  # the defaults of the other flags depend on these
-    Flag("dataset", "name of a folder under data/, or its path", "scenes"),
+    Flag(
+        "dataset",
+        "name of a folder under data/, or its path",
+        shown="that of the captioner to --resume, else scenes",
+    ),
     Flag(
         "preset",
         "a set of defaults",
@@ -144,15 +155,20 @@ DECIDING_FLAGS = [  # the defaults of the other flags depend on these
         shown="scenes for the scenes, else paper",
     ),
     Flag("model_type", "the captioner", "gridtd", choices=MODELS),
+    Flag(
+        "resume",
+        "the .last.pt file of a training to go on with, or a captioner to fine-tune",
+        shown="checkpoints/DATASET-MODEL_TYPE.pt",
+    ),
 ]
+ENCODER = "vgg16"  # unless the preset has another
 MODEL_FLAGS = [
     Flag(
         "encoder",
         f"the image encoder: {', '.join(ENCODERS)}, or timm/NAME for any network of timm",
-        "vgg16",
         type=known_encoder,
         metavar="NAME",
-        modes=FROM_START,
+        shown=f"the preset's, or {ENCODER}; if only another's features are cached, that one",
     ),
     Flag(
         "encoder_weights",
@@ -296,11 +312,6 @@ TRAINING_FLAGS = [
         500,
         limits=AT_LEAST_1,
     ),
-    Flag(
-        "resume",
-        "the .last.pt file of a training to go on with, or a captioner to fine-tune",
-        shown="checkpoints/DATASET-MODEL_TYPE.pt",
-    ),
 ]
 MODE_FLAGS = [
     Flag("cider_tune", "SCST: CIDEr-D of sampled captions as reward", False, switch=True),
@@ -414,9 +425,11 @@ def parse_arguments(arguments=None):
     arguments: a list of texts; None: those of this process. UserError for what makes no sense.
     """
     mode, folder, defaults = choose_defaults(arguments)
+    default_encoder = defaults.pop("encoder", ENCODER)
     parser = build_parser(defaults)
     args = parser.parse_args(arguments)
     given = frozenset(parser.given(args))
+    args.encoder = args.encoder or default_encoder
     check_modes(given, FLAGS, mode, MODE_NAMES)
     if mode != CROSS_ENTROPY and "max_length" in given:
         raise UserError(f"--max_length goes with {MODE_NAMES[CROSS_ENTROPY]} only")
@@ -433,16 +446,29 @@ def choose_defaults(arguments):
     add_flags(parser, MODE_FLAGS)
     chosen, _ = parser.parse_known_args(arguments)
     mode = chosen_mode(vars(chosen))
-    folder = dataset_folder(chosen.dataset)
-    preset = chosen.preset or ("scenes" if folder.name == "scenes" else "paper")
+    folder = chosen_folder(chosen.dataset, chosen.resume)
+    source = source_in(folder)
+    preset = chosen.preset or ("scenes" if source == "scenes" else "paper")
     defaults = dict(PRESETS[preset])
     if preset == "paper":
         defaults |= PAPER_MODELS[chosen.model_type]
     if mode != CROSS_ENTROPY:
         defaults |= TUNING_COMMON | TUNING[mode]
-        if mode == "lrp_tune" and folder.name.startswith("flickr"):
+        if mode == "lrp_tune" and source.startswith("flickr"):
             defaults["max_iterations"] = FLICKR_ITERATIONS
     return mode, folder, defaults
+
+
+def chosen_folder(dataset, resume):
+    """The folder of the prepared dataset: as it is named, or that of the captioner `resume`."""
+    if dataset is None and resume is not None:
+        return folder_of(read_checkpoint(resume).get("about", {}))
+    return dataset_folder(dataset or "scenes")
+
+
+def source_in(folder):
+    """What the dataset in a folder was read by; the folder's name if none is prepared there."""
+    return source_of(read_info(folder)) if (folder / "info.json").exists() else folder.name
 
 
 def chosen_mode(values):
@@ -565,24 +591,48 @@ def check_surroundings(output, batch_size):
             f"--batch_size {batch_size} is less than the {distributed.world_size()} processes "
             "that divide a batch"
         )
-    existing = next(folder for folder in output.absolute().parents if folder.exists())
-    with tempfile.TemporaryFile(dir=existing):
-        pass
+    require_writable(output)
+
+
+def choose_encoder(options):
+    """The Options with another encoder if the user left it open.
+
+    It is that of the training to go on with. Else it is the default, unless features of one other
+    encoder only are cached. UserError if there are those of several others.
+    """
+    if "encoder" in options.given or options.mode != CROSS_ENTROPY:
+        return options
+    cached = cached_encoders(options.folder)
+    name = options.captioner.encoder
+    if options.continues:
+        name = read_checkpoint(options.resume)["config"]["encoder"]
+    elif cached and name not in cached and not needs_images(options):
+        if len(cached) > 1:
+            raise UserError(
+                f"{options.folder} holds cached features of {', '.join(cached)}; "
+                "choose one of them by --encoder"
+            )
+        name = cached[0]
+        tell(f"the encoder is {name}, whose features are cached in {options.folder}")
+    return replace(options, captioner=replace(options.captioner, encoder=name))
+
+
+def needs_images(options):
+    """Whether a flag asks for something that cached features do not give."""
+    return bool(options.needs_pixels or {"encoder_weights", "pretrain_epochs"} & options.given)
 
 
 def load_trained(options, device):
     """The captioner to fine-tune, with the dropouts of this training.
 
-    UserError if it is of another model_type than the one that was asked for.
+    UserError if it is of another model_type or encoder than the one that was asked for.
     """
     trained = load_captioner(options.resume, device)
-    model_type = trained.config.model_type
-    if "model_type" in options.given and model_type != options.captioner.model_type:
-        raise UserError(
-            f"{options.resume} is not of --model_type {options.captioner.model_type}, "
-            f"but {model_type}"
-        )
     sizes = asdict(options.captioner)
+    for name in ("model_type", "encoder"):
+        own = getattr(trained.config, name)
+        if name in options.given and own != sizes[name]:
+            raise UserError(f"{options.resume} is not of --{name} {sizes[name]}, but {own}")
     for name in DROPOUTS:
         trained.get_submodule(name).p = sizes[name]
     return trained
@@ -692,6 +742,7 @@ def train(options, device):
     config = options.training
     set_seed(config.seed)
     check_surroundings(options.output, config.batch_size)
+    options = choose_encoder(options)
     captioner, train_set, val_set = open_captioner_and_data(options, device)
     if options.cache_in_memory:
         if not train_set.features:
@@ -714,6 +765,7 @@ def train(options, device):
         options.decoding,
         options.settings,
     )
+    show_overview(trainer.overview())
     if options.continues:
         trainer.resume(read_checkpoint(options.resume))
     else:

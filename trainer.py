@@ -45,6 +45,7 @@ PLATEAU_FLOOR = 2e-5
 MEMORY_FRACTION = 0.7  # of a GPU's free memory, or of all of the machine's, for cached features
 CHECK_EVERY = 50  # steps after which the losses are read; reading them waits for the GPU
 TRAINING_DOTS_PER_INCH = 120  # of the curves
+NARROWEST_COLUMN = 8  # characters, of the table of epochs
 SCHEDULES = ("plateau", "cosine", "constant")
 
 
@@ -127,17 +128,49 @@ class Trainer:
         # By now the weights are the same in all processes.
         self.average = WeightAverage(captioner, config.ema_decay, config.start_share)
         self.progress = Progress()
+        self.table = EpochTable()
+
+    def _steps_an_epoch(self):
+        return max(1, len(self.train_set) // self.config.batch_size)
 
     def _total_steps(self):
-        steps = self.config.epochs * max(1, len(self.train_set) // self.config.batch_size)
+        steps = self.config.epochs * self._steps_an_epoch()
         return min(steps, self.config.max_iterations or steps)
+
+    def overview(self):
+        """What is trained, on what, and how: {what: how}, the head of a training's log."""
+        config = self.config
+        model = self.captioner.config
+        encoder = "trained" if config.finetune_encoder else "frozen"
+        rates = f"{config.decoder_lr:g}"
+        if config.finetune_encoder:
+            rates += f", of the encoder {config.encoder_lr:g}"
+        trained = sum(numbers_in(group) for group in self.optimizer.param_groups)
+        parameters = sum(parameter.numel() for parameter in self.captioner.parameters())
+        data = "cached features" if self.train_set.features else "images"
+        history, figure = history_paths(self.output)
+        return {
+            "captioner": f"{model.model_type}, {model.encoder} ({encoder})",
+            "parameters": f"{parameters:,}, {trained:,} of them trained",
+            "vocabulary": f"{len(self.captioner.vocabulary.kept)} words",
+            "data": f"{self.train_set.folder}, {data}: "
+            f"train {len(self.train_set)}, val {len(self.val_set)}",
+            "mode": config.mode,
+            "steps": f"{self.total_steps}, {self._steps_an_epoch()} an epoch, "
+            f"each of {config.batch_size} images",
+            "learning rate": f"{rates}; {config.schedule}",
+            "device": f"{self.captioner.device}, processes: {distributed.world_size()}",
+            "files": f"{self.output}, {self.last.name}, {history.name}, {figure.name}",
+            "figures": "loss, a mean over words (of cross-entropy in nats); words of a step; "
+            "BLEU and CIDEr of val",
+        }
 
     def begin(self):
         """Prepare a training from its first step; a fine-tuning validates what it starts from."""
         if self.config.mode != CROSS_ENTROPY:
             row = {"epoch": 0, "iterations": 0, **self.validate(self.captioner)}
             self.progress.history.append(row)
-            show(row)
+            self.table.show(row)
         if distributed.is_main():
             # It would be of an earlier training, and if torchrun restarted this one, that would be
             # resumed instead.
@@ -202,13 +235,14 @@ class Trainer:
             metrics = self.validate(kept)
             if self.config.schedule == "plateau":
                 self.scheduler.step(metrics["CIDEr"])
-            show(self.progress.finish_epoch(metrics, time.perf_counter() - started))
+            self.table.show(self.progress.finish_epoch(metrics, time.perf_counter() - started))
             self.save_kept(kept, metrics["CIDEr"])
             self.save_last()
             if distributed.is_main():
                 write_history(self.output, self.progress.history)
         if distributed.is_main():
             print(f"the captioner (val CIDEr {self.progress.best:.4f}) is {self.output}")
+            print(f"{self.last} is for going on with this training; if that is done, delete it")
 
     def _remove_leftovers(self):
         """Remove what a training left that was killed while it wrote."""
@@ -321,6 +355,7 @@ class Trainer:
         """Write a captioner's file, with where it comes from."""
         about = {
             "dataset": self.val_set.info["name"],
+            "folder": str(self.val_set.folder),
             "val": self.progress.history[-1] if self.progress.history else {},
             "mode": self.config.mode,
             "provenance": provenance(self.config.seed),
@@ -527,6 +562,11 @@ def build_optimizer(captioner, config):
     return torch.optim.Adam(groups, betas=(config.adam_beta1, ADAM_BETA2), fused=True)
 
 
+def numbers_in(group):
+    """How many numbers a group of an optimizer trains."""
+    return sum(parameter.numel() for parameter in group["params"])
+
+
 def build_scheduler(optimizer, schedule, total_steps):
     """The schedule of an optimizer's learning rates; schedule: one of SCHEDULES."""
     if schedule == "cosine":
@@ -652,15 +692,40 @@ def _memory_bytes(device):
     return machine / distributed.processes_here()
 
 
-def show(row):
-    """Print the figures of an epoch."""
+def show_overview(overview):
+    """Print the head of a training's log, {what: how}."""
     if not distributed.is_main():
         return
-    parts = []
-    for name, value in row.items():
-        text = str(value) if isinstance(value, int) else f"{value:.4g}"
-        parts.append(f"{name} {text}")
-    print("  ".join(parts))
+    width = max(map(len, overview))
+    for name, text in overview.items():
+        print(f"{name:{width}}  {text}")
+
+
+class EpochTable:
+    """Prints the epochs of a training as the rows of a table.
+
+    The names of the columns stand above the first row, and above one that has other columns.
+    """
+
+    def __init__(self):
+        self._columns = []
+
+    def show(self, row):
+        """Print the figures {name: value} of an epoch."""
+        if not distributed.is_main():
+            return
+        if list(row) != self._columns:
+            self._columns = list(row)
+            print("  ".join(f"{name:>{self._width(name)}}" for name in row))
+        cells = []
+        for name, value in row.items():
+            text = str(value) if isinstance(value, int) else f"{value:.4f}"
+            cells.append(f"{text:>{self._width(name)}}")
+        print("  ".join(cells))
+
+    @staticmethod
+    def _width(name):
+        return max(len(name), NARROWEST_COLUMN)
 
 
 def history_paths(output):

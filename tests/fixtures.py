@@ -202,9 +202,9 @@ def command(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
 
 
-def refused(module, arguments, monkeypatch, capsys):
+def refused(module, arguments, monkeypatch, capsys, quiet=True):
     """Run a script in this process; returns what it says after its name, having checked that it is
-    one line."""
+    one line, and that nothing was printed before (unless it may: quiet=False)."""
     command(monkeypatch, module, *arguments)
     with pytest.raises(SystemExit) as caught:
         run(module.main)
@@ -213,6 +213,6 @@ def refused(module, arguments, monkeypatch, capsys):
     name, _, message = last.partition(": error: ")
     assert caught.value.code == 2
     assert name == f"{module.__name__}.py"
-    assert not out
+    assert not (quiet and out)
     assert "\n" not in message
     return message

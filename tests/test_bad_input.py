@@ -544,7 +544,9 @@ def test_bad_prepared_dataset(damage, flags, message, place, monkeypatch, capsys
     capsys.readouterr()  # the bars of making a cache
     before = tree(place)
     given = ["--dataset", "./prepared", *SMALL, "--output", "it.pt", *flags]
-    assert re.search(message, refused(train, given, monkeypatch, capsys))
+    # The head of the training's log is printed before the first image is read.
+    told = refused(train, given, monkeypatch, capsys, quiet=False)
+    assert re.search(message, told)
     assert tree(place) == before
 
 

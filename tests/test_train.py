@@ -4,6 +4,7 @@ uninterrupted one does, and flags mean what the help says.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from random import Random
 
+import h5py
 import pytest
 import torch
 from fixtures import command, prepared_scenes, refused
@@ -23,8 +25,9 @@ from captiondata import cache_features
 from captioner import load_captioner
 from commandline import UserError, read_json, write_json
 from encoder import build_encoder
+from featurecache import features_path
 from train import FLAGS, parse_arguments
-from trainer import Trainer
+from trainer import EpochTable, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--batch_size", 8, "--workers", 0, "--device", "cpu"]
@@ -81,6 +84,105 @@ def test_the_same_seed_gives_the_same_captioner(folder, tmp_path, monkeypatch):
     assert_same_weights(tmp_path / "a.last.pt", tmp_path / "b.last.pt")
     a, c = weights(tmp_path / "a.last.pt"), weights(tmp_path / "c.last.pt")
     assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+def test_the_log_has_a_head_and_a_table(folder, tmp_path, monkeypatch, capsys):
+    flags = ["--dataset", folder, *SMALL, *NO_PRETRAINING, "--output", tmp_path / "it.pt"]
+    run(monkeypatch, *flags, "--epochs", 2, "--decoder_lr", 0.25, "--finetune_encoder")
+    lines = capsys.readouterr().out.splitlines()
+    head = {}
+    for line in lines[:10]:
+        name, _, text = line.partition("  ")
+        head[name] = text.strip()
+    captioner = load_captioner(tmp_path / "it.pt")
+    numbers = sum(parameter.numel() for parameter in captioner.parameters())
+    assert head["captioner"] == "gridtd, scenes_vgg (trained)"
+    assert head["parameters"] == f"{numbers:,}, {numbers:,} of them trained"
+    assert head["vocabulary"] == f"{len(captioner.vocabulary.kept)} words"
+    assert head["data"] == f"{folder}, images: train 24, val 6"
+    assert head["steps"] == "6, 3 an epoch, each of 8 images"
+    assert head["learning rate"] == "0.25, of the encoder 0.002; cosine"
+    assert head["files"].startswith(f"{tmp_path}/it.pt, it.last.pt, it.jsonl")
+    names, *rows = lines[10:13]
+    assert names.split() == list(rows_of(tmp_path / "it.pt")[0])
+    ends = [match.end() for match in re.finditer(r"\S+", names)]
+    for row in rows:
+        assert [match.end() for match in re.finditer(r"\S+", row)] == ends
+    assert f"{tmp_path}/it.last.pt is for going on" in lines[-1]
+
+
+def test_the_columns_are_named_again_where_they_change(capsys):
+    table = EpochTable()
+    for row in ({"epoch": 0, "CIDEr": 0.5}, {"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.5}):
+        table.show(row)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["epoch", "CIDEr"],
+        ["0", "0.5000"],
+        ["epoch", "loss"],
+        ["1", "2.0000"],
+        ["2", "1.5000"],
+    ]
+
+
+def cache_of(folder, *encoders):
+    """Caches of so many encoders, of which nothing but the name is known."""
+    for encoder in encoders:
+        with h5py.File(features_path(folder, encoder), "w") as file:
+            file.attrs["encoder"] = encoder
+        with h5py.File(features_path(folder, encoder, version=1), "w") as file:
+            file.attrs["encoder"] = encoder
+
+
+def chosen(*flags):
+    return train.choose_encoder(options_of(*flags)).captioner.encoder
+
+
+def test_the_encoder_is_the_one_whose_features_are_cached(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "scenes")
+    flags = ["--dataset", copy, "--preset", "paper"]
+    assert chosen(*flags) == "vgg16"
+    cache_of(copy, "timm/resnet18")
+    assert chosen(*flags) == "timm/resnet18"
+    assert "the encoder is timm/resnet18, whose features are cached" in capsys.readouterr().out
+    assert chosen(*flags, "--encoder", "vgg16") == "vgg16"
+    assert chosen(*flags, "--finetune_encoder") == "vgg16"
+    assert chosen(*flags, "--encoder_weights", "random") == "vgg16"
+    cache_of(copy, "squeezenet1_1")
+    with pytest.raises(UserError, match="features of squeezenet1_1, timm/resnet18; choose one"):
+        chosen(*flags)
+    assert chosen(*flags, "--encoder", "resnet101") == "resnet101"
+    cache_of(copy, "vgg16")
+    assert chosen(*flags) == "vgg16"
+
+
+def test_what_a_captioner_was_trained_on_need_not_be_named(folder, tmp_path, monkeypatch):
+    """Nor its encoder; the same one may be named, and another is refused."""
+    copy = shutil.copytree(folder, tmp_path / "drawings")
+    it = tmp_path / "it.pt"
+    run(monkeypatch, "--dataset", copy, *SMALL, *NO_PRETRAINING, "--epochs", 1, "--output", it)
+    assert read_checkpoint(it)["about"]["folder"] == str(copy)
+    cache_of(copy, "squeezenet1_1")
+    assert options_of("--resume", tmp_path / "it.last.pt").folder == copy
+    assert chosen("--resume", tmp_path / "it.last.pt") == "scenes_vgg"
+    (copy / "features-squeezenet1_1.h5").unlink()
+    tuning = [*COMMON, "--cider_tune", "--max_iterations", 1, "--resume", it]
+    assert options_of(*tuning).folder == copy
+    run(monkeypatch, *tuning, "--encoder", "scenes_vgg", "--output", tmp_path / "tuned.pt")
+    with pytest.raises(UserError, match="it.pt is not of --encoder vgg16, but scenes_vgg"):
+        run(monkeypatch, *tuning, "--encoder", "vgg16")
+    copy.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="was trained on scenes, and there is no .*drawings; make"):
+        options_of(*tuning)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "data/scenes")
+    assert options_of(*tuning).folder == Path("data/scenes")
+
+
+def test_the_preset_is_that_of_the_data_and_not_of_their_folder(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "flickr")
+    assert options_of("--dataset", copy).captioner.embed_dim == 128
+    assert options_of("--dataset", copy, "--lrp_tune").training.max_iterations == 500
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
