@@ -2,7 +2,7 @@
 
     python evaluation.py                              # the shipped captioner, the drawn scenes
     python evaluation.py --experiment all             # also the paper's experiments (experiments/)
-    python evaluation.py --checkpoint checkpoints/flickr8k-aoa.pt --dataset flickr8k --split val
+    python evaluation.py --checkpoint checkpoints/flickr8k-aoa.pt --split val
     python evaluation.py --predictions results.json --annotations captions_val2017.json
     python evaluation.py --checkpoint checkpoints/flickr8k.pt --images FOLDER   # only captions
     torchrun --nproc_per_node=4 evaluation.py ...     # the same figures, by four processes
@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import distributed
-from captiondata import dataset_folder, open_split
+from basemodel import read_checkpoint
+from captiondata import dataset_folder, folder_of, open_split, source_of
 from captioner import METHODS, load_captioner
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, measure
 from commandline import (
@@ -31,6 +32,7 @@ from commandline import (
     choose_device,
     extended,
     provenance,
+    require_writable,
     run,
     set_seed,
     write_atomically,
@@ -64,7 +66,12 @@ PREDICTIONS = ("predictions",)
 
 FLAGS = [
     Flag("checkpoint", "the captioner", "checkpoints/scenes-gridtd.pt", modes=SPEAKING),
-    Flag("dataset", "name of a folder under data/, or its path", "scenes", modes=CAPTIONER),
+    Flag(
+        "dataset",
+        "name of a folder under data/, or its path",
+        shown="what the captioner was trained on",
+        modes=CAPTIONER,
+    ),
     Flag("split", "train, val or test", "test", modes=CAPTIONER),
     Flag(
         "experiment",
@@ -90,9 +97,10 @@ FLAGS = [
     ),
     Flag(
         "limit",
-        "only the first so many images",
+        "only the first so many images; the results get -limitN into their names",
         type=int,
         limits=(1, math.inf),
+        metavar="N",
         shown="all",
         modes=SPEAKING,
     ),
@@ -189,7 +197,7 @@ def parse_arguments():
     parser = build_parser()
     args = parser.parse_args()
     check_limits(vars(args), FLAGS)
-    if args.output is not None and (not output_stem(args).name or Path(args.output).is_dir()):
+    if args.output is not None and (not stem_of(args.output).name or Path(args.output).is_dir()):
         raise UserError(f"--output {args.output} is not the name of a .json file")
     given = set(parser.given(args))
     if args.predictions and args.images:
@@ -220,17 +228,33 @@ def chosen_mode(args):
     return "images" if args.images else "captioner"
 
 
-def output_stem(args):
-    """What the names of the results begin with: --output less its .json, or a name of its own."""
+def stem_of(output):
+    """The path --output less its .json."""
+    return Path(output.removesuffix(".json"))
+
+
+def results_stem(args, name):
+    """What the names of the results begin with: --output, or a name of its own in results/.
+
+    With --limit that is another one than without, so that no part replaces the whole.
+    """
     if args.output is not None:
-        return Path(args.output.removesuffix(".json"))
-    if args.predictions:
-        return Path(f"results/{Path(args.predictions).stem}-metrics")
-    if args.images:
-        name = Path(args.images).resolve().name
-        return Path(f"results/{Path(args.checkpoint).stem}-{name}-captions")
-    folder = dataset_folder(args.dataset)
-    return Path(f"results/{Path(args.checkpoint).stem}-{folder.name}-{args.split}")
+        return stem_of(args.output)
+    limited = f"-limit{args.limit}" if args.limit else ""
+    return Path("results") / f"{name}{limited}"
+
+
+def chosen_folder(args):
+    """The folder of the prepared dataset: as it is named, else what the captioner was trained on.
+
+    UserError if the checkpoint does not say that, or it is not there.
+    """
+    if args.dataset is not None:
+        return dataset_folder(args.dataset)
+    folder = folder_of(read_checkpoint(args.checkpoint).get("about", {}))
+    if distributed.is_main():
+        print(f"the dataset is {folder}, what the captioner was trained on")
+    return folder
 
 
 def chosen_experiments(args):
@@ -259,37 +283,64 @@ def main():
     """Caption a split or a folder, or read captions; measure, print and write; run experiments."""
     args = parse_arguments()
     set_seed(args.seed)
-    stem = output_stem(args)
     if args.predictions:
-        files = (args.predictions, args.annotations, args.instances, args.train_annotations)
-        captions = read_captions(*files, args.object_words, metric_options(args))
-        rows = [{"image_id": key, "caption": text} for key, text in captions.predictions.items()]
-        score(captions, rows, args.metrics, stem, provenance(args.seed))
+        evaluate_predictions(args)
         return
     device = distributed.own_device(args.device)
     with distributed.job(device):
         captioner = load_captioner(args.checkpoint, device)
-        decoding = decoding_options(args)
-        source = provenance(args.seed, args.checkpoint)
         if args.images:
-            caption_folder(captioner, args.images, args.limit, args.batch_size, decoding, stem)
-            return
-        dataset = open_split(dataset_folder(args.dataset), args.split, captioner.encoder)
-        dataset.entries = dataset.entries[: args.limit]
-        corpus = training_captions(dataset)
-        categories = dataset.info["categories"]
-        name = dataset.info["name"]
-        words = choose_object_words(args.object_words, name, corpus, categories)
+            name = f"{Path(args.checkpoint).stem}-{Path(args.images).resolve().name}-captions"
+            path = extended(results_stem(args, name), ".json")
+            require_writable(path)
+            decoding = decoding_options(args)
+            caption_folder(captioner, args.images, args.limit, args.batch_size, decoding, path)
+        else:
+            evaluate_split(captioner, args)
+
+
+def evaluate_predictions(args):
+    """Measure captions from elsewhere."""
+    stem = results_stem(args, f"{Path(args.predictions).stem}-metrics")
+    require_writable(extended(stem, ".json"))
+    predictions, references, unscored = matching_captions(args.predictions, args.annotations)
+    captions = captions_with_objects(
+        predictions,
+        references,
+        args.instances or instances_beside(args.annotations),
+        args.train_annotations,
+        args.object_words,
+        metric_options(args),
+    )
+    rows = [{"image_id": key, "caption": text} for key, text in predictions.items()]
+    score(captions, rows, args.metrics, stem, {**provenance(args.seed), **unscored})
+
+
+def evaluate_split(captioner, args):
+    """Measure a captioner on a split of a prepared dataset, or run experiments with it there."""
+    folder = chosen_folder(args)
+    name = f"{Path(args.checkpoint).stem}-{folder.name}-{args.split}"
+    stem = results_stem(args, name)
+    require_writable(extended(stem, ".json"))
+    dataset = open_split(folder, args.split, captioner.encoder)
+    dataset.entries = dataset.entries[: args.limit]
+    corpus = training_captions(dataset)
+    categories = dataset.info["categories"]
+    words = choose_object_words(args.object_words, source_of(dataset.info), corpus, categories)
+    decoding = decoding_options(args)
+    names = chosen_experiments(args)
+    if names:  # before the captions, for it may find records of other settings
         phrases = object_phrases(categories)
         setting = Setting(captioner, args.methods, phrases, words, decoding, args.seed)
-        names = chosen_experiments(args)
-        if names:  # before the captions, for it may find records of other settings
-            run_experiments(dataset, names, setting, args.checkpoint, stem, args.workers)
-        if wants_captions(args):
-            options = {"batch_size": args.batch_size, "workers": args.workers}
-            found, scores = caption_split(captioner, dataset, decoding, words, **options)
-            about = {"word_scores": scores, **metric_options(args)}
-            score_split(dataset, found, corpus, words, about, args.metrics, stem, source)
+        # A record is of one image, and does not depend on how many there are.
+        records = stem if args.output else Path("results") / name
+        run_experiments(dataset, names, setting, args.checkpoint, stem, records, args.workers)
+    if wants_captions(args):
+        options = {"batch_size": args.batch_size, "workers": args.workers}
+        found, scores = caption_split(captioner, dataset, decoding, words, **options)
+        about = {"word_scores": scores, **metric_options(args)}
+        source = provenance(args.seed, args.checkpoint)
+        score_split(dataset, found, corpus, words, about, args.metrics, stem, source)
 
 
 def score_split(dataset, found, corpus, words, about, metrics, stem, source):
@@ -304,8 +355,8 @@ def score_split(dataset, found, corpus, words, about, metrics, stem, source):
     score(captions, rows, metrics, stem, source)
 
 
-def caption_folder(captioner, folder, limit, batch_size, decoding, stem):
-    """Caption the images of a folder and write the captions in COCO's results format.
+def caption_folder(captioner, folder, limit, batch_size, decoding, path):
+    """Caption the images of a folder and write the captions to `path` in COCO's results format.
 
     An image is called by its file's name, for it has no number.
     """
@@ -313,35 +364,61 @@ def caption_folder(captioner, folder, limit, batch_size, decoding, stem):
     found = caption_files(captioner, files, batch_size, **decoding)
     rows = [{"image_id": file.name, "caption": " ".join(found[file])} for file in files]
     if distributed.is_main():
-        path = extended(stem, ".json")
         write_json(path, rows)
         print(f"{len(rows)} captions are in {path}")
 
 
-def read_captions(predictions, annotations, instances, train_annotations, choice, options):
-    """The Captions of files in COCO's formats, by image id.
+def matching_captions(predictions, annotations):
+    """The captions of two files in COCO's formats that belong together, by image id.
 
-    instances and train_annotations may be None: the instances are then those beside the
-    annotations, if there are any; choice: of `choose_object_words`; options: further fields of
-    Captions. UserError for a file of another kind, or files that do not match.
+    Returns {id: caption}, {id: its references} of the images that both have, and {what is not
+    scored: how many}; says how many, too. UserError for a file of another kind, or if no image is
+    in both.
     """
     predicted = read_predictions(predictions)
     references = read_references(annotations)
-    strangers = [key for key in predicted if key not in references]
-    if strangers:
+    scored = [key for key in predicted if key in references]
+    strangers = len(predicted) - len(scored)
+    if not scored:
+        first = next(iter(predicted))
         raise UserError(
-            f"{predictions} has a caption of image {strangers[0]}, of which {annotations} has none "
-            f"({len(strangers)} such)"
+            f"{annotations} has no reference of any image of {predictions}; the first is "
+            f"image {first!r} ({strangers} such)"
         )
-    instances = instances or instances_beside(annotations)
+    silent = len(references) - len(scored)
+    if distributed.is_main():
+        if silent:
+            print(f"{silent} of {len(references)} images of {annotations} have no prediction")
+        if strangers:
+            print(
+                f"{strangers} of {len(predicted)} predictions have no reference, and do not count"
+            )
+    unscored = {
+        "images_without_prediction": silent,
+        "predictions_without_reference": strangers,
+    }
+    return (
+        {key: predicted[key] for key in scored},
+        {key: references[key] for key in scored},
+        unscored,
+    )
+
+
+def captions_with_objects(predictions, references, instances, train_annotations, choice, options):
+    """The Captions of {image id: caption} and {image id: references}.
+
+    instances, train_annotations: files in COCO's formats, or None; choice: of
+    `choose_object_words`; options: further fields of Captions. UserError for a file of another
+    kind, or instances that do not list these images.
+    """
     annotated = None
     categories = {}
     if instances:
-        annotated, categories = read_instances(instances, predicted)
+        annotated, categories = read_instances(instances, predictions)
     corpus = read_references(train_annotations) if train_annotations else None
     return Captions(
-        predictions=predicted,
-        references={key: references[key] for key in predicted},
+        predictions=predictions,
+        references=references,
         annotated=annotated,
         categories=categories,
         corpus=corpus,
@@ -381,7 +458,7 @@ def score(captions, rows, metrics, stem, source):
         return
     values, unavailable, tokens = measure(captions, metrics)
     for name, value in values.items():
-        print(f"{name:24s} {value:.4f}")
+        print(f"{name:24s} {value:10.4f}")
     for name, reason in unavailable.items():
         print(f"{name:24s} unavailable: {reason}")
     print(f"tokens: {tokens}")
@@ -398,17 +475,20 @@ def score(captions, rows, metrics, stem, source):
     print(f"{len(rows)} captions and these figures are in {path}")
 
 
-def run_experiments(dataset, names, setting, checkpoint, stem, workers):
-    """Run the named experiments on a split, keep their records, print and write their tables."""
+def run_experiments(dataset, names, setting, checkpoint, stem, records_stem, workers):
+    """Run the named experiments on a split, keep their records, print and write their tables.
+
+    stem, records_stem: what the names of the tables and of the file of records begin with.
+    """
     experiments = {name: EXPERIMENTS[name] for name in names}
-    stem = extended(stem, "-all" if names == list(EXPERIMENTS) else f"-{'-'.join(names)}")
+    ending = "-all" if names == list(EXPERIMENTS) else f"-{'-'.join(names)}"
     header = header_of(checkpoint, dataset, names, setting)
-    path = extended(stem, ".jsonl")
+    path = extended(records_stem, f"{ending}.jsonl")
     records = examine_split(dataset, experiments, setting, path, header, workers)
     if distributed.is_main():
         tables = tables_of(records, experiments, setting.captioner.config.model_type)
         source = provenance(setting.seed, checkpoint)
-        report(tables, len(records), stem, source)
+        report(tables, len(records), extended(stem, ending), source)
 
 
 def report(tables, images, stem, source):

@@ -15,7 +15,10 @@ def tables_of(records, experiments, model_type):
 
 
 def markdown_table(rows):
-    """Rows, dicts of the same keys, as a Markdown table; a column that holds dicts is left out."""
+    """Rows, dicts of the same keys, as a Markdown table; a column that holds dicts is left out.
+
+    The cells of a column are of one width, so that the text can be read as it is.
+    """
     if not rows:
         return "nothing to measure"
     columns = {}  # their names, in order
@@ -25,10 +28,21 @@ def markdown_table(rows):
         for name, value in row.items():
             if isinstance(value, dict):
                 columns.pop(name, None)
-    lines = [" | ".join(columns), "|".join(["---"] * len(columns))]
-    for row in rows:
-        lines.append(" | ".join(_cell(row.get(name)) for name in columns))
-    return "\n".join(f"| {line} |" for line in lines)
+    aligned = [_aligned_column(name, [row.get(name) for row in rows]) for name in columns]
+    header, *lines = [" | ".join(cells) for cells in zip(*aligned)]
+    rule = "-|-".join("-" * len(cells[0]) for cells in aligned)
+    return "\n".join([f"| {header} |", f"|-{rule}-|", *(f"| {line} |" for line in lines)])
+
+
+def _aligned_column(name, values):
+    """The name and the values of a column as texts of one width, numbers to the right."""
+    texts = [_cell(value) for value in values]
+    width = max(len(text) for text in [name, *texts])
+    cells = [name.ljust(width)]
+    for value, text in zip(values, texts):
+        is_number = isinstance(value, (int, float))
+        cells.append(text.rjust(width) if is_number else text.ljust(width))
+    return cells
 
 
 def _cell(value):

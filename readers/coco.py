@@ -14,6 +14,7 @@ from readers.records import (
     require_unique,
     valid_text,
 )
+from vocabulary import tokenize
 
 COCO_TRAIN = 110_000  # of train2017, by ascending id, are the split train ...
 COCO_VAL = 5000  # ... and so many after them are the split val
@@ -154,10 +155,14 @@ def read_scenes(root):
 
 
 def read_references(path):
-    """{image id: its raw captions} of a COCO captions file. UserError if it is none."""
+    """{image id: its raw captions} of a COCO captions file, without those that have no word.
+
+    UserError if it is none.
+    """
     references = defaultdict(list)
     for annotation in read_coco_json(Path(path), "captions")["annotations"]:
-        references[annotation["image_id"]].append(valid_text(annotation["caption"]))
+        if tokenize(annotation["caption"]):
+            references[annotation["image_id"]].append(valid_text(annotation["caption"]))
     return dict(references)
 
 

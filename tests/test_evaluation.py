@@ -140,6 +140,94 @@ def test_all_captions_that_a_decoder_finds_are_written(
         assert len(row["caption"].split()) <= 6
 
 
+def test_a_part_of_a_split_does_not_replace_the_whole(tmp_path, scenes, monkeypatch):
+    """Nor do the tables of an experiment, which share the records of single images."""
+    monkeypatch.chdir(tmp_path)
+    random_captioner().float().save("it.pt")
+    flags = ["--checkpoint", "it.pt", "--dataset", scenes, "--workers", 0, "--max_length", 5]
+    flags += ["--metrics", "diversity", "--experiment", "captions", "hallucination"]
+    flags += ["--methods", "attention"]
+    evaluate(monkeypatch, *flags)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    stem = "it-scenes-test"
+    kept = [f"{stem}-hallucination.{ending}" for ending in ("json", "jsonl", "md")]
+    assert sorted(whole) == sorted([f"{stem}.json", *kept])
+    monkeypatch.setattr(records, "examine", None)  # all records are there
+    evaluate(monkeypatch, *flags, "--limit", 2)
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    for name, content in whole.items():
+        assert (tmp_path / "results" / name).read_bytes() == content
+    added = (".json", "-hallucination.json", "-hallucination.md")
+    assert names - whole.keys() == {f"{stem}-limit2{ending}" for ending in added}
+    rows = json.loads((tmp_path / f"results/{stem}-limit2.json").read_text())["captions"]
+    assert len(rows) == 2
+
+
+def test_the_dataset_is_what_the_captioner_was_trained_on(tmp_path, scenes, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", "it.pt", "--workers", 0, "--metrics", "diversity", "--max_length", 4]
+    captioner = random_captioner().float()
+    captioner.save("it.pt", about={"dataset": "drawings"})
+    told = refused(evaluation, flags, monkeypatch, capsys)
+    assert told.startswith("the captioner was trained on drawings, and there is no prepared ")
+    assert not (tmp_path / "results").exists()
+    (tmp_path / "data").mkdir()
+    scenes.rename(tmp_path / "data/drawings")
+    evaluate(monkeypatch, *flags)
+    assert "the dataset is data/drawings, what the" in capsys.readouterr().out
+    assert (tmp_path / "results/it-drawings-test.json").exists()
+    captioner.save("it.pt")
+    told = refused(evaluation, flags, monkeypatch, capsys)
+    assert told == "the checkpoint does not say what it was trained on; name the dataset"
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_computed(
+    tmp_path, scenes, monkeypatch, capsys
+):
+    random_captioner().float().save(tmp_path / "it.pt")
+    monkeypatch.setattr(evaluation, "open_split", None)
+    monkeypatch.setattr(evaluation, "caption_folder", None)
+    monkeypatch.setattr(evaluation, "matching_captions", None)
+    checkpoint = ["--checkpoint", tmp_path / "it.pt"]
+    for what in (
+        [*checkpoint, "--dataset", scenes],
+        [*checkpoint, "--images", scenes / "test"],
+        ["--predictions", "p.json", "--annotations", "a.json"],
+    ):
+        flags = [*what, "--output", tmp_path / "it.pt/x"]
+        told = refused(evaluation, flags, monkeypatch, capsys)
+        assert told.endswith("it.pt/x.json cannot be written (Not a directory)")
+
+
+def test_predictions_and_references_need_not_be_of_the_same_images(tmp_path, monkeypatch, capsys):
+    """A reference without a word does not count."""
+    captions = [(1, "A dog."), (1, "!"), (1, ""), (2, "A cat."), (3, " "), (4, "A man."), (5, "A.")]
+    annotations = {
+        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(1, 6)],
+        "annotations": [{"image_id": key, "caption": text} for key, text in captions],
+    }
+    write_json(tmp_path / "captions.json", annotations)
+    rows = [{"image_id": key, "caption": "a dog"} for key in (1, 2, 3, 9)]
+    write_json(tmp_path / "found.json", rows)
+    files = ["--predictions", tmp_path / "found.json", "--annotations", tmp_path / "captions.json"]
+    metrics = ["--metrics", "bleu", "cider"]
+    evaluate(monkeypatch, *files, *metrics, "--output", tmp_path / "out.json")
+    out = capsys.readouterr().out
+    assert "2 of 4 images of " in out and "captions.json have no prediction\n" in out
+    assert "2 of 4 predictions have no reference, and do not count\n" in out
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["captions"] == rows[:2]
+    assert result["images_without_prediction"] == 2
+    assert result["predictions_without_reference"] == 2
+    write_json(tmp_path / "found.json", rows[:2])
+    annotations["annotations"] = [{"image_id": 1, "caption": "A dog."}]
+    annotations["annotations"].append({"image_id": 2, "caption": "A cat."})
+    write_json(tmp_path / "captions.json", annotations)
+    evaluate(monkeypatch, *files, *metrics, "--output", tmp_path / "plain.json")
+    plain = json.loads((tmp_path / "plain.json").read_text())
+    assert result["metrics"] == plain["metrics"]
+
+
 # ----------------------------------------------------------------------------- kept image by image
 
 STOP_WORDS = ["a", "the", "of", "on", "in", "with", "and", "is", "it", "at", "to", "by"]
