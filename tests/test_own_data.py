@@ -1,13 +1,15 @@
 """One's own images and captions: how a file of rows, or any JSON in Karpathy's format, becomes a
 prepared dataset, and what is refused."""
 
+import importlib
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from fixtures import command, draw, refused, write_flickr
+from fixtures import REAL, REPOSITORY, command, draw, refused, write_flickr
 
 import preparedataset
 from captiondata import CaptionDataset
@@ -307,3 +309,69 @@ def test_a_bad_file_is_told_in_one_line(file, content, message, place, monkeypat
     flags = ["--dataset", "csv", "--root", "pets", "--captions", file, "--min_word_freq", 1]
     assert re.search(message, refused(preparedataset, flags, monkeypatch, capsys))
     assert not Path("data").exists()
+
+
+# -------------------------------------------------------------------------------- from end to end
+
+# What is smaller here than in the README: a random encoder, and a captioner of few numbers.
+SMALLER = {
+    "preparedataset": ["--encoder_weights", "random", "--workers", 0],
+    "train": ["--embed_dim", 16, "--hidden_dim", 32, "--batch_size", 4, "--decoder_lr", 0.02]
+    + ["--epochs", 3, "--workers", 0],
+    "evaluation": ["--metrics", "diversity", "--workers", 0],
+    "explain": [],
+}
+
+
+def commands_in_readme(title):
+    """The commands in the code block of a section, each a list: script, flags."""
+    section = (REPOSITORY / "README.md").read_text().partition(f"### {title}\n")[2]
+    block = section.split("```")[1].replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in block.strip().splitlines()]
+
+
+def write_forty_drawings(folder):
+    rows = []
+    for number in range(40):
+        name = f"beach/{number}.jpg"
+        draw(folder / name, size=(40, 30), seed=number)
+        animal = ("dog", "cat", "duck")[number % 3]
+        rows += [(name, f"A wet {animal}, and a ball."), (name, f"A wet {animal}.")]
+    return rows
+
+
+def write_forty_photographs(folder):
+    rows = []
+    (folder / "beach").mkdir(parents=True)
+    images = read_json(REAL / "flickr8k/dataset_flickr8k.json")["images"][:40]
+    for number, image in enumerate(images):
+        name = f"beach/{number}.jpg"
+        shutil.copy(REAL / "flickr8k/images" / image["filename"], folder / name)
+        rows += [(name, sentence["raw"]) for sentence in image["sentences"]]
+    return rows
+
+
+@pytest.mark.parametrize("write", [write_forty_drawings, write_forty_photographs])
+def test_the_commands_of_the_readme(write, tmp_path, monkeypatch, capsys):
+    """Forty images and a CSV go through all of them."""
+    if write is write_forty_photographs and not (REAL / "flickr8k").exists():
+        pytest.skip("wants ../shared/data/flickr8k")
+    monkeypatch.chdir(tmp_path)
+    rows = write(Path("PETS"))
+    Path("PETS/captions.csv").write_text(table(rows))
+    scripts = []
+    for script, *flags in commands_in_readme("Your own photographs and captions"):
+        name = script.removesuffix(".py")
+        module = importlib.import_module(name)
+        smaller = ["scenes_vgg" if flag == "inception_v3" else flag for flag in flags]
+        command(monkeypatch, module, *smaller, *SMALLER[name], "--device", "cpu")
+        module.main()
+        scripts.append(name)
+    assert scripts == list(SMALLER)
+    out = capsys.readouterr().out
+    assert "data/PETS is ready: train 32, val 4, test 4 images" in out
+    assert "the encoder is scenes_vgg, whose features are cached in data/PETS" in out
+    assert "the dataset is data/PETS" in out
+    assert len(read_json("results/PETS-aoa-PETS-test.json")["captions"]) == 4
+    if write is write_forty_drawings:  # so few photographs teach it nothing to say
+        assert Path("explanations/1-lrp.npz").exists()
