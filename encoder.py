@@ -336,16 +336,21 @@ class Encoder(nn.Module):
         return tensors, _optimizer_steps if trained else None
 
     @torch.no_grad()
-    def _computes_the_same(self, folded):
-        """Whether a folded encoder is right: whether its batch-norms did follow the convolutions
-        that they were merged into, as they do in most networks.
+    def _computes_the_same(self, other):
+        """Whether another encoder has the same features, of an image of noise.
+
+        A folded one has, if its batch-norms did follow the convolutions that they were merged into,
+        as they do in most networks.
         """
         weight = next(self.parameters())
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(1, 3, self.image_size, self.image_size, generator=generator)
         pixels = pixels.to(weight)
         expected = eval_view(self).regions(pixels)
-        difference = (folded.regions(pixels) - expected).abs().max()
+        regions = eval_view(other).regions(pixels)
+        if regions.shape != expected.shape:
+            return False
+        difference = (regions - expected).abs().max()
         return bool(difference <= 1e-3 * expected.abs().max())
 
     def check_lrp_rules(self):
@@ -366,10 +371,91 @@ class Encoder(nn.Module):
 
         They are of the SHA-256 of its name, scale and float32 state dict.
         """
-        digest = hashlib.sha256(f"{self.name} {self.scale}".encode())
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return _hash_of_weights(f"{self.name} {self.scale}", self.state_dict())
+
+
+class CutEncoder:
+    """An encoder that is cut into two: the parts before a stage, and those from it on.
+
+    The outputs of frozen first parts are computed once and cached; the last parts are trained on
+    them, which costs a fraction of training from images. The modules are those of the encoder.
+
+    stage: the name of a part as `stages` lists it. UserError if there is no such part, or nothing
+    before it, or if the network is more than a chain of parts.
+    """
+
+    def __init__(self, encoder, stage):
+        self.encoder = encoder
+        self.stage = stage
+        parts = stages(encoder)
+        names = list(parts)
+        if stage not in names[1:]:
+            raise UserError(
+                f"the encoder {encoder.name} cannot be cut at '{stage}'; choose from "
+                + ", ".join(names[1:])
+            )
+        first = names.index(stage)
+        self.before = nn.Sequential(*list(parts.values())[:first])
+        self.after = nn.Sequential(*list(parts.values())[first:])
+
+    def begin(self, images):
+        """Images (B, 3, S, S), ImageNet-normalised -> what the stage is given, (B, L', D')."""
+        maps = self.before(self.encoder.own_pixels(images))
+        return maps.flatten(2).transpose(1, 2)
+
+    def finish(self, rows):
+        """What `begin` returns -> the region features of the encoder, (B, L, D)."""
+        side = round(rows.shape[1] ** 0.5)  # images are square, so maps are, too
+        maps = rows.transpose(1, 2).unflatten(2, (side, side))
+        maps = self.after(maps.contiguous(memory_format=torch.channels_last))
+        return maps.flatten(2).transpose(1, 2) * self.encoder.scale
+
+    def weights_hash(self):
+        """16 hex digits that tell the parts before the stage from any other encoder's."""
+        name = f"{self.encoder.name} before {self.stage}"
+        return _hash_of_weights(name, self.before.state_dict())
+
+
+def stages(encoder):
+    """The parts that an encoder's network runs one after the other: {name: module}, in order.
+
+    UserError for a network that is more than such a chain, and for given features.
+    """
+    parts = OrderedDict()
+    if not encoder.given:
+        network = encoder.net.model if encoder.name.startswith(TIMM) else encoder.net
+        parts.update(_chain(network))
+    if not parts or not _is_chain(encoder, parts):
+        raise UserError(f"the encoder {encoder.name} is no chain of stages, so it cannot be cut")
+    return parts
+
+
+def _is_chain(encoder, parts):
+    """Whether an encoder has the same features if these parts run one after the other."""
+    chained = copy.copy(encoder)
+    chained._modules = {"net": nn.Sequential(*parts.values())}
+    try:
+        return encoder._computes_the_same(chained)
+    except (RuntimeError, IndexError):  # shapes that do not fit
+        return False
+
+
+def _chain(network, prefix=""):
+    """The children of a network and, of every nn.Sequential among them, its children: pairs of name
+    and module."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.Sequential):
+            yield from _chain(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _hash_of_weights(name, state_dict):
+    """16 hex digits of the SHA-256 of a name and a float32 state dict."""
+    digest = hashlib.sha256(name.encode())
+    for key, value in sorted(state_dict.items()):
+        digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 _optimizer_steps = 0  # of all optimizers of this process

@@ -9,7 +9,7 @@ from helpers import calibrate
 
 import encoder as encoders
 from commandline import UserError
-from encoder import ENCODERS, build_encoder
+from encoder import ENCODERS, CutEncoder, build_encoder
 from images import image_transform, load_image
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -145,3 +145,64 @@ def test_unknown_names_and_weights_of_others_are_refused(tmp_path):
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "wrong.pth")
     with pytest.raises(UserError, match="does not hold the weights"):
         build_encoder("vgg16", tmp_path / "wrong.pth")
+
+
+@pytest.mark.parametrize(
+    "name, stage",
+    [
+        ("scenes_vgg", "13"),
+        ("squeezenet1_1", "7"),
+        ("timm/resnet18:64", "layer2.1"),
+        ("timm/tf_efficientnet_lite0:64", "blocks.6.0"),
+    ],
+)
+def test_an_encoder_that_was_cut_has_the_same_features(name, stage):
+    encoder = build_encoder(name, "random").double()
+    calibrate(encoder)
+    cut = CutEncoder(encoder, stage)
+    size = encoder.image_size
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    rows = cut.begin(images)
+    assert rows.shape[1] > 1 and rows.shape != encoder(images).shape
+    torch.testing.assert_close(cut.finish(rows), encoder(images))
+
+
+def test_the_last_stages_learn_as_those_of_the_whole_encoder():
+    encoder = build_encoder("scenes_vgg", "random")
+    encoder.requires_grad_(True)
+    images = torch.randn(2, 3, 128, 128)
+    cut = CutEncoder(encoder, "16")
+    encoder(images).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    encoder.zero_grad(set_to_none=True)
+    cut.finish(cut.begin(images).detach()).square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        if int(name.split(".")[1]) < 16:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_the_hash_of_the_first_stages_does_not_depend_on_the_last():
+    encoder = build_encoder("scenes_vgg", "random")
+    cut = CutEncoder(encoder, "13")
+    before = cut.weights_hash()
+    encoder.net[22].weight.data += 1
+    assert cut.weights_hash() == before
+    assert CutEncoder(encoder, "16").weights_hash() != before
+    encoder.net[0].weight.data += 1
+    assert cut.weights_hash() != before
+
+
+@pytest.mark.parametrize(
+    "name", ["bottom_up", "timm/vit_tiny_patch16_224", "timm/mobilenetv3_small_050:64"]
+)
+def test_what_is_no_chain_of_stages_cannot_be_cut(name):
+    with pytest.raises(UserError, match=f"{name} is no chain of stages"):
+        CutEncoder(build_encoder(name, "random"), "1")
+
+
+@pytest.mark.parametrize("stage", ["0", "99", "blocks.1"])
+def test_a_cut_is_made_between_two_stages(stage):
+    with pytest.raises(UserError, match=f"cannot be cut at '{stage}'; choose from 1, 2, 3"):
+        CutEncoder(build_encoder("scenes_vgg", "random"), stage)
