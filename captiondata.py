@@ -93,6 +93,7 @@ class CaptionDataset(Dataset):
     index: int.
     versions: so many augmented versions of the cached features take turns with the plain one,
     another of them every epoch.
+    stage: the rows are what this stage of the encoder is given, and the encoder has to finish them.
 
     Attributes: folder, split, info, vocabulary, entries (list of dicts of <split>.json),
     features_attributes (dict of the cache's attributes, or None), epoch, augmentation_seed (with a
@@ -100,11 +101,21 @@ class CaptionDataset(Dataset):
     folder, the split or a complete cache is missing.
     """
 
-    def __init__(self, folder, split, transform=None, features=None, regions=None, versions=0):
+    def __init__(
+        self,
+        folder,
+        split,
+        transform=None,
+        features=None,
+        regions=None,
+        versions=0,
+        stage=None,
+    ):
         self.folder = Path(folder)
         self.split = split
         self.transform = transform
         self.features = features
+        self.stage = stage
         self.regions = regions
         self.augmentation_seed = None
         self.epoch = 0
@@ -149,9 +160,11 @@ class CaptionDataset(Dataset):
         readers = []
         for version in range(versions + 1):
             command = f"preparedataset.py --features {self.features}"
+            if self.stage:
+                command += f" --stage {self.stage}"
             if version:
                 command += f" --augment {version}"
-            path = features_path(self.folder, self.features, version)
+            path = features_path(self.folder, self.features, version, self.stage)
             readers.append(FeatureReader(path, self.split, files_hash(self.entries), command))
         plain, *augmented = readers
         for reader in augmented:
@@ -473,43 +486,71 @@ def remove_prepared(output):
 
 
 def cache_features(
-    folder, encoder, batch_size=32, workers=2, device="cpu", regions=None, augment=0, seed=0
+    folder,
+    encoder,
+    batch_size=32,
+    workers=2,
+    device="cpu",
+    regions=None,
+    augment=0,
+    smallest_crop=1.0,
+    seed=0,
+    cut=None,
 ):
     """Write the features of all images to features-<encoder.name>.h5 in `folder` (featurecache.py),
     and the encoder's weights beside them, so that training knows them.
 
     regions: the folder of bottom-up features, for that encoder; augment: so many more versions of
-    the train split, of images jittered and mirrored by `seed`, each in a file of its own. Goes on
-    where an interrupted run stopped. UserError if a file was made with other weights or for other
-    images.
+    the train split, of images cropped (`image_transform`), jittered and mirrored by `seed`, each in
+    a file of its own; cut: a CutEncoder of the encoder, for the outputs of its first part instead.
+    Goes on where an interrupted run stopped. UserError if a file was made with other weights or for
+    other images.
     """
     encoder = encoder.to(device, memory_format=torch.channels_last)  # twice as fast on CPUs
-    shape = (encoder.grid[0] * encoder.grid[1], encoder.out_channels)
+    stage = cut.stage if cut else None
+    shape = cut.shape() if cut else (encoder.grid[0] * encoder.grid[1], encoder.out_channels)
     for version in range(augment + 1):
-        splits = ["train"] if version else read_json(Path(folder) / "info.json")["splits"]
-        transform = None if regions else image_transform(encoder.image_size, augment=version > 0)
-        datasets = [CaptionDataset(folder, split, transform, regions=regions) for split in splits]
-        path = features_path(folder, encoder.name, version)
+        transform = None
+        if not regions:
+            transform = image_transform(encoder.image_size, version > 0, smallest_crop)
+        datasets = _datasets(folder, transform, regions, version, seed)
+        path = features_path(folder, encoder.name, version, stage)
         room = {dataset.split: (len(dataset), files_hash(dataset.entries)) for dataset in datasets}
-        augmentation = f"; augmented, seed {seed}" if version else ""
-        lay_out(path, _stamp(encoder, PREPROCESSING + augmentation), room, shape)
+        augmentation = _augmentation(seed, smallest_crop) if version else ""
+        lay_out(path, _stamp(encoder, cut, PREPROCESSING + augmentation), room, shape)
         if not version:  # not before the file has said that these are its weights
-            write_tensors(encoder_path(folder, encoder.name), encoder.state_dict())
+            write_tensors(encoder_path(folder, encoder.name, stage), encoder.state_dict())
         for dataset in datasets:
-            title = dataset.split
-            if version:
-                title += f", augmented {version}"
-                dataset.augmentation_seed = seed
-                dataset.epoch = version
-            write_missing_rows(path, dataset, encoder, batch_size, workers, device, title)
+            title = f"{dataset.split}, augmented {version}" if version else dataset.split
+            encode = cut.begin if cut else encoder
+            write_missing_rows(path, dataset, encode, batch_size, workers, device, title)
 
 
-def _stamp(encoder, preprocessing):
+def _datasets(folder, transform, regions, version, seed):
+    """All splits of a prepared dataset, or train only for augmented images of version 1, 2, ..."""
+    splits = ["train"] if version else read_json(Path(folder) / "info.json")["splits"]
+    datasets = [CaptionDataset(folder, split, transform, regions=regions) for split in splits]
+    if version:
+        datasets[0].augmentation_seed = seed
+        datasets[0].epoch = version
+    return datasets
+
+
+def _augmentation(seed, smallest_crop):
+    """What the attributes of a cache say of augmented images."""
+    crops = f", crops of {smallest_crop} and more" if smallest_crop < 1 else ""
+    return f"; augmented, seed {seed}{crops}"
+
+
+def _stamp(encoder, cut, preprocessing):
     """The attributes of a cache, which tell what made it."""
-    return {
+    stamp = {
         "encoder": encoder.name,
-        "weights_hash": encoder.weights_hash(),
+        "weights_hash": (cut or encoder).weights_hash(),
         "image_size": encoder.image_size or 0,
         "grid": encoder.grid,
         "preprocessing": preprocessing,
     }
+    if cut:
+        stamp["stage"] = cut.stage
+    return stamp

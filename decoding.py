@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import distributed
 from commandline import Flag, UserError, add_flags, check_limits
+from encoder import CutEncoder, eval_view
 from images import image_transform, load_image
 
 BAD_ENDINGS = (
@@ -506,12 +507,24 @@ def captioned(captioner, dataset, batch_size=64, workers=2, **decoding):
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
     description = f"captioning {dataset.split}"
     hidden = not distributed.is_main()
+    finish = finisher(captioner.encoder, dataset)
     for inputs, _, indices in tqdm(loader, desc=description, leave=False, disable=hidden):
         if dataset.features:
-            features = inputs.to(captioner.device).float()
+            features = finish(inputs.to(captioner.device).float())
         else:
             features = captioner.encode(inputs)
         yield indices.tolist(), features, captioner.decode(features, **decoding)
+
+
+def finisher(encoder, dataset):
+    """A function: rows of a dataset's cached features, float -> region features (B, L, D).
+
+    It runs the stages of the encoder that the cache was made without, in eval mode, if any.
+    """
+    if not dataset.stage:
+        return lambda rows: rows
+    finish = CutEncoder(eval_view(encoder), dataset.stage).finish
+    return torch.inference_mode()(finish)
 
 
 def decode_split(captioner, dataset, batch_size=64, workers=2, **decoding):

@@ -398,6 +398,13 @@ class CutEncoder:
         self.before = nn.Sequential(*list(parts.values())[:first])
         self.after = nn.Sequential(*list(parts.values())[first:])
 
+    def shape(self):
+        """(L', D') of what the stage is given of an image."""
+        size = self.encoder.image_size
+        weight = next(self.encoder.parameters())
+        with torch.no_grad():
+            return tuple(self.begin(weight.new_zeros(1, 3, size, size)).shape[1:])
+
     def begin(self, images):
         """Images (B, 3, S, S), ImageNet-normalised -> what the stage is given, (B, L', D')."""
         maps = self.before(self.encoder.own_pixels(images))

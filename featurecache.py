@@ -5,6 +5,9 @@
     SPLIT_crc32   (n,) uint32           their checksums
     attributes: encoder, weights_hash, image_size, preprocessing, grid; of each SPLIT: files_hash
 
+Of an encoder that is cut into two the rows are what a stage is given, instead of the features, and
+the file has an attribute more, stage.
+
 The file is laid out in full, with holes, before the first row is written; from then on only bytes
 of rows and marks change. So the file is whole whenever the writer is killed, and lacks no more than
 the batch that was being written.
@@ -33,22 +36,29 @@ def file_name(encoder):
     return encoder.replace("/", "-")
 
 
-def features_path(folder, encoder, version=0):
-    """Where the features of the encoder called `encoder` are cached; version 1, 2, ...: of
-    augmented images."""
+def features_path(folder, encoder, version=0, stage=None):
+    """Where the features of the encoder called `encoder` are cached.
+
+    version: 1, 2, ... for those of augmented images; stage: for what this stage is given.
+    """
     ending = f"-augmented{version}" if version else ""
-    return Path(folder) / f"features-{file_name(encoder)}{ending}.h5"
+    return Path(folder) / f"features-{_cache_name(encoder, stage)}{ending}.h5"
 
 
-def encoder_path(folder, encoder):
+def encoder_path(folder, encoder, stage=None):
     """Where the weights of the encoder that made the cached features lie (a state dict)."""
-    return Path(folder) / f"encoder-{file_name(encoder)}.pt"
+    return Path(folder) / f"encoder-{_cache_name(encoder, stage)}.pt"
 
 
-def versions_of(folder, encoder):
+def _cache_name(encoder, stage):
+    name = file_name(encoder)
+    return f"{name}@{stage}" if stage else name
+
+
+def versions_of(folder, encoder, stage=None):
     """How many augmented versions of the features there are."""
     for version in itertools.count(1):
-        if not features_path(folder, encoder, version).exists():
+        if not features_path(folder, encoder, version, stage).exists():
             return version - 1
 
 
@@ -58,7 +68,7 @@ def cached_encoders(folder):
     for path in sorted(Path(folder).glob("features-*.h5")):
         with suppress(OSError, KeyError), h5py.File(path, "r") as file:
             name = file.attrs["encoder"]
-            if path == features_path(folder, name):  # not of augmented images
+            if path == features_path(folder, name):  # not of augmented images, nor of a stage
                 names.append(name)
     return sorted(names)
 
@@ -137,15 +147,18 @@ def write_rows(path, split, indices, rows):
         file[f"{split}_done"][indices] = True
 
 
-def write_missing_rows(path, dataset, encoder, batch_size, workers, device, title):
+def write_missing_rows(path, dataset, encode, batch_size, workers, device, title):
     """Encode those images of a dataset, whose items are (image, captions, index), that have no row
-    yet, with a progress bar called `title`."""
+    yet, with a progress bar called `title`.
+
+    encode: a function, images (B, 3, S, S) -> rows (B, L, D).
+    """
     todo = Subset(dataset, missing_rows(path, dataset.split))
     loader = DataLoader(todo, batch_size, num_workers=min(workers, len(todo)))
     with tqdm(total=len(todo), desc=title, unit="image") as bar:
         for images, _, indices in loader:
             with torch.inference_mode():
-                features = encoder(images.to(device)).half().cpu().numpy()
+                features = encode(images.to(device)).half().cpu().numpy()
             write_rows(path, dataset.split, indices.numpy(), features)
             bar.update(len(indices))
 

@@ -14,6 +14,7 @@ from commandline import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_SHAPES = (0.8, 1.25)  # width by height of a random part of an image
 EXIF_ORIENTATION = 0x0112
 # The last bytes of a file of these formats that was not cut short.
 FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
@@ -97,14 +98,18 @@ def _to_rgb(image):
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def image_transform(size, augment=False):
+def image_transform(size, augment=False, smallest_crop=1.0):
     """A function: PIL RGB image -> float (3, size, size), stretched to a square (as the paper
     does), ImageNet-normalised.
 
     `augment` adds the original's training augmentation: brightness and contrast by up to 20 %,
-    mirroring.
+    mirroring. With a smallest_crop it first takes a random part of the image, of at least that
+    share of its area.
     """
-    steps = [v2.Resize((size, size))]
+    if augment and smallest_crop < 1:
+        steps = [v2.RandomResizedCrop((size, size), (smallest_crop, 1.0), CROP_SHAPES)]
+    else:
+        steps = [v2.Resize((size, size))]
     if augment:
         steps += [v2.ColorJitter(brightness=0.2, contrast=0.2), v2.RandomHorizontalFlip()]
     steps += [

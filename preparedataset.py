@@ -31,7 +31,7 @@ from commandline import (
     run,
     set_seed,
 )
-from encoder import build_encoder
+from encoder import CutEncoder, build_encoder
 from readers import SOURCES, read_raw, require_folder
 from scenes import draw_scenes
 
@@ -149,11 +149,23 @@ FLAGS = [
         shown="ImageNet's, downloaded",
     ),
     Flag(
+        "stage",
+        "cache what this stage of the encoder is given, for train.py --finetune_from STAGE",
+        metavar="STAGE",
+        shown="the features",
+    ),
+    Flag(
         "augment",
         "also cache K jittered and mirrored versions of the train images",
         default=0,
         limits=(0, math.inf),
         metavar="K",
+    ),
+    Flag(
+        "smallest_crop",
+        "those versions show a random part of the image, of at least this share of its area",
+        default=1.0,
+        limits=(0.01, 1),
     ),
     Flag(
         "regions",
@@ -209,9 +221,11 @@ def parse_arguments(argv=None):
         raise UserError("--dataset csv needs --captions, the file with the columns image, caption")
     if (args.features == "bottom_up") != bool(args.regions):
         raise UserError("--features bottom_up and --regions FOLDER belong together")
-    for name in ("encoder_weights", "augment"):
+    for name in ("encoder_weights", "augment", "stage"):
         if getattr(args, name) and not args.features:
             raise UserError(f"--{name} goes with --features ENCODER")
+    if args.smallest_crop < 1 and not args.augment:
+        raise UserError("--smallest_crop goes with --augment K")
     if args.augment and args.regions:
         raise UserError("--augment needs images to jitter, and bottom_up features come without")
     return args
@@ -253,18 +267,25 @@ def draw(root, output, args):
     )
 
 
+def chosen_output(args):
+    """The folder to write, as asked for or by default. UserError if it cannot be written."""
+    output = args.output or default_output(args.dataset, args.root)
+    if output.exists():
+        require_folder(output, "the folder to write")
+    require_writable(output / "info.json")
+    return output
+
+
 def main():
     """Draw if need be, prepare, and cache features if asked to."""
     args = parse_arguments()
     set_seed(args.seed)
     # What is wrong with the encoder or the device is told before anything is written.
     encoder = build_encoder(args.features, args.encoder_weights) if args.features else None
+    cut = CutEncoder(encoder, args.stage) if args.stage else None
     device = choose_device(args.device)
-    output = args.output or default_output(args.dataset, args.root)
+    output = chosen_output(args)
     root = args.root or output
-    if output.exists():
-        require_folder(output, "the folder to write")
-    require_writable(output / "info.json")
     if args.dataset == "scenes":
         draw(root, output, args)
     info = prepare(
@@ -289,7 +310,9 @@ def main():
             device,
             args.regions,
             args.augment,
+            args.smallest_crop,
             args.seed,
+            cut,
         )
 
 

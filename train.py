@@ -52,7 +52,7 @@ from commandline import (
     set_seed,
 )
 from decoding import add_decoding_flags, decoding_options
-from encoder import ENCODERS, build_encoder, encoder_spec, has_learnt
+from encoder import ENCODERS, CutEncoder, build_encoder, encoder_spec, has_learnt
 from featurecache import cached_encoders, encoder_path, features_path, versions_of
 from images import image_transform
 from objectives import CROSS_ENTROPY, TUNING_MODES, ObjectiveConfig, build_objective
@@ -274,6 +274,14 @@ TRAINING_FLAGS = [
     ),
     Flag("finetune_encoder", "train the encoder too", False, repeated=True),
     Flag(
+        "finetune_from",
+        "train the encoder from this stage on, on what preparedataset.py --stage cached or on the "
+        "images; the statistics of its batch-norms stay as they are",
+        metavar="STAGE",
+        shown="the encoder is frozen",
+        repeated=True,
+    ),
+    Flag(
         "pretrain_epochs",
         "epochs in which the encoder first learns to name the annotated objects",
         0,
@@ -434,6 +442,8 @@ def parse_arguments(arguments=None):
     if mode != CROSS_ENTROPY and "max_length" in given:
         raise UserError(f"--max_length goes with {MODE_NAMES[CROSS_ENTROPY]} only")
     check_limits(vars(args), FLAGS)
+    if args.finetune_encoder and args.finetune_from:
+        raise UserError("choose --finetune_encoder, for all of it, or --finetune_from STAGE")
     if args.scst_baseline == "others" and args.samples < 2:
         raise UserError("--scst_baseline others needs at least 2 --samples")
     return build_options(args, mode, folder, given)
@@ -651,11 +661,13 @@ def load_datasets(options, trained=None):
         raise UserError(
             f"{options.needs_pixels} needs pixels, and {encoder} features come without them"
         )
-    if features_path(folder, encoder).exists() and not options.needs_pixels:
-        versions = versions_of(folder, encoder) if options.augment else 0
-        train_set = CaptionDataset(folder, "train", features=encoder, versions=versions)
+    stage = options.training.finetune_from
+    if features_path(folder, encoder, stage=stage).exists() and not options.needs_pixels:
+        cached = {"features": encoder, "stage": stage}
+        versions = versions_of(folder, encoder, stage) if options.augment else 0
+        train_set = CaptionDataset(folder, "train", versions=versions, **cached)
         if trained is None or is_of_encoder(train_set, trained.encoder):
-            return train_set, CaptionDataset(folder, "val", features=encoder)
+            return train_set, CaptionDataset(folder, "val", **cached)
         tell(
             f"the cached {encoder} features come from other weights than this captioner's, "
             "so the images are read"
@@ -672,7 +684,8 @@ def load_datasets(options, trained=None):
 
 def is_of_encoder(dataset, encoder):
     """Whether the cached features are those of this encoder's weights."""
-    return dataset.features_attributes.get("weights_hash") == encoder.weights_hash()
+    weights = CutEncoder(encoder, dataset.stage) if dataset.stage else encoder
+    return dataset.features_attributes.get("weights_hash") == weights.weights_hash()
 
 
 def check_cache(dataset, encoder):
@@ -695,7 +708,7 @@ def new_captioner(options, train_set, device):
     name = options.captioner.encoder
     weights = options.encoder_weights
     if train_set.features and weights is None:
-        weights = encoder_path(options.folder, name)
+        weights = encoder_path(options.folder, name, train_set.stage)
     encoder = build_encoder(name, weights).to(memory_format=torch.channels_last)
     check_cache(train_set, encoder)
     asked_for = "pretrain_epochs" in options.given
@@ -715,7 +728,7 @@ def tell_of_augmentation(options, train_set):
     """Say so if cached features were to be augmented, but no augmented ones are there."""
     if not options.augment or not train_set.features:
         return
-    if not versions_of(options.folder, train_set.features):
+    if not versions_of(options.folder, train_set.features, train_set.stage):
         tell(
             "no augmented features are cached, so no image is augmented; "
             "preparedataset.py --augment K would cache some"
@@ -734,6 +747,8 @@ def open_captioner_and_data(options, device):
         )
     captioner = trained or new_captioner(options, train_set, device)
     captioner.encoder.requires_grad_(options.training.finetune_encoder)
+    if options.training.finetune_from:
+        CutEncoder(captioner.encoder, options.training.finetune_from).after.requires_grad_(True)
     return captioner, train_set, val_set
 
 

@@ -34,6 +34,7 @@ from commandline import (
     write_atomically,
 )
 from decoding import decode_split
+from encoder import CutEncoder
 from objectives import CROSS_ENTROPY, SCST
 from plots import save_figure, training_figure
 
@@ -61,6 +62,7 @@ class TrainingConfig:
     batch_size        images in a step, of all processes together
     decoder_lr        learning rate of all but the encoder
     finetune_encoder  whether the encoder is trained too, with the learning rate encoder_lr
+    finetune_from     the stage from which on it is; the statistics of batch-norms stay as they are
     schedule          one of SCHEDULES: "plateau" lowers the learning rates after epochs without a
                       gain in CIDEr, "cosine" is one cycle
     adam_beta1        Adam's decay of the mean gradient
@@ -82,6 +84,7 @@ class TrainingConfig:
     decoder_lr: float = 5e-4
     encoder_lr: float = 1e-4
     finetune_encoder: bool = False
+    finetune_from: str | None = None
     schedule: str = "plateau"
     adam_beta1: float = 0.8
     grad_clip: float = 0.1
@@ -123,7 +126,7 @@ class Trainer:
         self.total_steps = self._total_steps()
         self.scheduler = build_scheduler(self.optimizer, config.schedule, self.total_steps)
         cached = bool(train_set.features)
-        step = TrainingStep(captioner, objective, cached, config.bfloat16)
+        step = TrainingStep(captioner, objective, cached, train_set.stage, config.bfloat16)
         self.step = distributed.parallel(step)
         # By now the weights are the same in all processes.
         self.average = WeightAverage(captioner, config.ema_decay, config.start_share)
@@ -141,9 +144,10 @@ class Trainer:
         """What is trained, on what, and how: {what: how}, the head of a training's log."""
         config = self.config
         model = self.captioner.config
-        encoder = "trained" if config.finetune_encoder else "frozen"
+        encoder = "frozen"
         rates = f"{config.decoder_lr:g}"
-        if config.finetune_encoder:
+        if config.finetune_encoder or config.finetune_from:
+            encoder = f"trained from {config.finetune_from or 'its first layer'} on"
             rates += f", of the encoder {config.encoder_lr:g}"
         trained = sum(numbers_in(group) for group in self.optimizer.param_groups)
         parameters = sum(parameter.numel() for parameter in self.captioner.parameters())
@@ -367,15 +371,17 @@ class Trainer:
 class TrainingStep(nn.Module):
     """What one step computes of a batch: the region features and the objective.
 
-    cached: whether the inputs are cached features, so that the encoder has nothing to do; bfloat16:
-    compute in bfloat16 where it is safe. DistributedDataParallel wraps this module.
+    cached: whether the inputs are cached features; stage: the one from which on the encoder has to
+    finish them, or None; bfloat16: compute in bfloat16 where it is safe. DistributedDataParallel
+    wraps this module.
     """
 
-    def __init__(self, captioner, objective, cached, bfloat16):
+    def __init__(self, captioner, objective, cached, stage, bfloat16):
         super().__init__()
         self.captioner = captioner
         self.objective = objective
         self.cached = cached
+        self.cut = CutEncoder(captioner.encoder, stage) if stage else None
         self.bfloat16 = bfloat16
 
     def forward(self, inputs, captions, indices):
@@ -385,8 +391,14 @@ class TrainingStep(nn.Module):
         indices: (B,).
         """
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16):
-            features = inputs.float() if self.cached else self.captioner.encoder(inputs)
-            return self.objective(inputs, features, captions, indices)
+            return self.objective(inputs, self._features(inputs), captions, indices)
+
+    def _features(self, inputs):
+        """The region features (B, L, D) of a batch."""
+        if not self.cached:
+            return self.captioner.encoder(inputs)
+        rows = inputs.float()
+        return self.cut.finish(rows) if self.cut else rows
 
 
 class WeightAverage:
@@ -557,8 +569,9 @@ class Progress:
 def build_optimizer(captioner, config):
     """Adam over the decoder and, if it is trained, the encoder, each with its learning rate."""
     groups = [{"params": captioner.decoder_parameters(), "lr": config.decoder_lr}]
-    if config.finetune_encoder:
-        groups.append({"params": list(captioner.encoder.parameters()), "lr": config.encoder_lr})
+    of_encoder = [part for part in captioner.encoder.parameters() if part.requires_grad]
+    if of_encoder:
+        groups.append({"params": of_encoder, "lr": config.encoder_lr})
     return torch.optim.Adam(groups, betas=(config.adam_beta1, ADAM_BETA2), fused=True)
 
 

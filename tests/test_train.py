@@ -24,7 +24,7 @@ from basemodel import read_checkpoint
 from captiondata import cache_features
 from captioner import load_captioner
 from commandline import UserError, read_json, write_json
-from encoder import build_encoder
+from encoder import CutEncoder, build_encoder
 from featurecache import features_path
 from train import FLAGS, parse_arguments
 from trainer import EpochTable, Trainer
@@ -260,6 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(folder, tmp_path, monkeypa
 def test_features_of_other_weights_are_refused():
     class Cached:
         features = "scenes_vgg"
+        stage = None
         features_attributes = {"weights_hash": "of others"}
 
     with pytest.raises(UserError, match="come from other weights"):
@@ -281,6 +282,83 @@ def test_training_on_cached_features_takes_the_encoder_that_made_them(
     trained = load_captioner(tmp_path / "it.pt").encoder.state_dict()
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, trained[name])
+
+
+STAGE = "18"  # the last two convolutions of the scenes' VGG
+
+
+def moved_parameters(captioner, encoder):
+    """The numbers of the layers whose weights are others in a captioner than in its encoder."""
+    before = encoder.state_dict()
+    moved = set()
+    for name, value in captioner.encoder.state_dict().items():
+        if not torch.equal(value, before[name]):
+            moved.add(int(name.split(".")[1]))
+    return moved
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_last_stages_of_an_encoder_are_trained(folder, tmp_path, monkeypatch, capsys, cached):
+    copy = shutil.copytree(folder, tmp_path / "scenes")
+    torch.manual_seed(5)
+    encoder = build_encoder("scenes_vgg", "random")
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
+    flags = ["--encoder_weights", tmp_path / "encoder.pth"]
+    if cached:
+        cache_features(copy, encoder, workers=0, cut=CutEncoder(encoder, STAGE))
+        shutil.rmtree(copy / "train")  # the images are not needed any more
+        flags = ["--cache_in_memory"]
+    flags += ["--finetune_from", STAGE, "--encoder_lr", 1e-3, "--output", tmp_path / "it.pt"]
+    run(monkeypatch, "--dataset", copy, *SMALL, "--epochs", 1, "--pretrain_epochs", 0, *flags)
+    assert "trained from 18 on" in capsys.readouterr().out
+    trained = load_captioner(tmp_path / "it.pt")
+    # Convolutions and batch-norms; the statistics of these stay.
+    assert moved_parameters(trained, encoder) == {18, 19, 22, 23}
+    for name, value in encoder.state_dict().items():
+        if "running" in name:
+            assert torch.equal(value, trained.encoder.state_dict()[name])
+
+
+def test_training_on_what_a_stage_is_given_is_training_on_images(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "scenes")
+    encoder = build_encoder("scenes_vgg", "random")
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
+    common = ["--dataset", copy, *SMALL, "--max_iterations", 3, "--pretrain_epochs", 0]
+    common += ["--finetune_from", STAGE, "--no-augment", "--dropout", 0, "--schedule", "constant"]
+    weights = ["--encoder_weights", tmp_path / "encoder.pth"]
+    run(monkeypatch, *common, *weights, "--output", tmp_path / "images.pt")
+    cache_features(copy, encoder, workers=0, cut=CutEncoder(encoder, STAGE))
+    run(monkeypatch, *common, "--output", tmp_path / "cached.pt")
+    (of_images,) = rows_of(tmp_path / "images.pt")
+    (of_cache,) = rows_of(tmp_path / "cached.pt")
+    assert of_cache["loss"] == pytest.approx(of_images["loss"], rel=1e-3)  # rows are float16
+
+
+def test_a_captioner_goes_on_learning_from_its_own_cached_stage(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "scenes")
+    encoder = build_encoder("scenes_vgg", "random")
+    cache_features(copy, encoder, workers=0, cut=CutEncoder(encoder, STAGE))
+    shutil.rmtree(copy / "train")
+    flags = ["--dataset", copy, "--finetune_from", STAGE, "--max_iterations", 1]
+    run(monkeypatch, *flags, *SMALL, "--output", tmp_path / "it.pt")
+    tuning = ["--cider_tune", "--resume", tmp_path / "it.pt", "--batch_size", 4, "--workers", 0]
+    run(monkeypatch, *flags, *tuning, "--output", tmp_path / "tuned.pt")
+    assert moved_parameters(load_captioner(tmp_path / "tuned.pt"), encoder) == {18, 19, 22, 23}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--finetune_from", "99"], "cannot be cut at '99'"),
+        (["--finetune_from", "19", "--finetune_encoder"], "choose --finetune_encoder, for all"),
+        (["--finetune_from", "1", "--encoder", "timm/vit_tiny_patch16_224"], "no chain of stages"),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_refused(folder, tmp_path, monkeypatch, flags, message):
+    weights = ["--encoder_weights", "random", "--output", tmp_path / "it.pt"]
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, "--dataset", folder, *SMALL, *weights, *flags)
+    assert not list(tmp_path.iterdir())
 
 
 def test_presets_are_defaults_and_flags_win():
