@@ -387,7 +387,7 @@ RAW = {
     "output a file": (FLICKR, whole, ["--output", f"raw/{KARPATHY}"],
         f"raw/{KARPATHY} .the folder to write. is a file, not a folder"),
     "output inside a file": (FLICKR, whole, ["--output", f"raw/{KARPATHY}/x"],
-        f"raw/{KARPATHY}/x/info.json cannot be written .Not a directory."),
+        f"raw/{KARPATHY} is not a folder, so nothing can be written into "),
 }  # fmt: skip
 
 
