@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from decoding import greedy, multinomial
 from explanation import METHODS, PIXELS_PER_PASS, propagate
-from lrp_utils import inference_weights, summed
+from lrp_utils import inference_weights, safe_ratio, summed
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.ciderd.ciderd import CiderD
 from vocabulary import STOP_WORDS, padded, tokenize
@@ -34,6 +34,7 @@ class ObjectiveConfig:
     label_smoothing      how much of the target's probability goes to all words alike
     lrp_lambda           weight of the plain cross-entropy in LRP-inference, 0 to 1
     lrp_form             "last_layer" or "image", the two published forms of LRP-inference
+    lrp_control          of LRP_CONTROLS: what takes the place of relevance in the last layer's form
     samples              captions that SCST draws for an image
     scst_baseline        reward to beat: "greedy", of the greedy caption, or "others", the mean of
                          the other samples
@@ -45,6 +46,7 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
     lrp_lambda: float = 0.5
     lrp_form: str = "last_layer"
+    lrp_control: str = "none"
     samples: int = 5
     scst_baseline: str = "greedy"
     bleu_weight: float = 0.0
@@ -60,9 +62,12 @@ def build_objective(mode, captioner, references, config):
         return CrossEntropy(
             captioner, config.captions_per_image, config.ss_prob, config.label_smoothing
         )
+    if mode == "lrp_tune" and config.lrp_form == "image":
+        return ImageLRPInference(captioner, config.captions_per_image, config.lrp_lambda)
     if mode == "lrp_tune":
-        form = ImageLRPInference if config.lrp_form == "image" else LRPInference
-        return form(captioner, config.captions_per_image, config.lrp_lambda)
+        return LRPInference(
+            captioner, config.captions_per_image, config.lrp_lambda, config.lrp_control
+        )
     inference = LRPInference(captioner) if mode == "lrp_cider_tune" else None
     return SCST(
         captioner,
@@ -177,6 +182,65 @@ def quiet_words(vocabulary):
     return torch.tensor(quiet)
 
 
+# The controls of LRP-inference take the place of `inference_weights`, and have its arguments: the
+# addends (M, H) of the last layer's input, the rows (M, H) of its weights for the M predicted
+# words, and the words' logits (M,). Each returns a weight (M, H) for every addend.
+
+
+def random_weights(addends, rows, scores):
+    """LRP-inference's weights, permuted over the units: for each word and addend another order."""
+    weights = []
+    for omega in inference_weights(addends, rows, scores):
+        order = torch.rand_like(omega).argsort(dim=-1)
+        weights.append(omega.gather(-1, order))
+    return weights
+
+
+def shuffled_weights(addends, rows, scores):
+    """LRP-inference's weights, each word having those of another word of the batch.
+
+    The words are put in a circle in random order, and each gets the weights of the one before it,
+    so that no word keeps its own unless it is the only one.
+    """
+    omegas = inference_weights(addends, rows, scores)
+    circle = torch.randperm(len(scores), device=scores.device)
+    before = torch.empty_like(circle)
+    before[circle] = circle.roll(1)
+    return [omega[before] for omega in omegas]
+
+
+def magnitude_weights(addends, rows, scores):
+    """1 + |z| / max|z|, where z is the addend: its size takes the place of its relevance."""
+    weights = []
+    for addend in addends:
+        size = addend.abs()
+        weights.append(1 + safe_ratio(size, size.amax(-1, keepdim=True)))
+    return weights
+
+
+def temperature_weights(addends, rows, scores):
+    """One number for all units of a word, as a temperature is for its logits.
+
+    It is such that the predicted word's logit, less its bias, is what LRP-inference's weights make
+    of it, but from 0 to 2, as those weights are.
+    """
+    weighted = 0
+    for omega, addend in zip(inference_weights(addends, rows, scores), addends):
+        weighted = weighted + (omega * addend * rows).sum(-1, keepdim=True)
+    plain = (summed(addends) * rows).sum(-1, keepdim=True)
+    factor = safe_ratio(weighted, plain).clamp(0, 2)
+    return [factor.expand_as(addend) for addend in addends]
+
+
+LRP_CONTROLS = {
+    "none": inference_weights,
+    "random": random_weights,
+    "shuffled": shuffled_weights,
+    "magnitude": magnitude_weights,
+    "temperature": temperature_weights,
+}
+
+
 class LRPInference(CrossEntropy):
     """LRP-inference fine-tuning (paper §4.4 and the final version).
 
@@ -186,11 +250,15 @@ class LRPInference(CrossEntropy):
     Here the final version's form: p_hat = fc(omega_c * c + omega_h * h), omega = 1 + R / max|R| of
     the word's relevance at the last layer; likewise for any other number of addends than two. No
     gradient goes through omega. One dropout mask serves both logits.
+
+    control: of LRP_CONTROLS. Any other than "none" puts weights in the place of omega that know
+    less, to tell whether relevance matters or whether any re-weighting would do.
     """
 
-    def __init__(self, captioner, captions_per_image=5, lrp_lambda=0.5):
+    def __init__(self, captioner, captions_per_image=5, lrp_lambda=0.5, control="none"):
         super().__init__(captioner, captions_per_image)
         self.lrp_lambda = lrp_lambda
+        self.weights = LRP_CONTROLS[control]
         self.quiet = quiet_words(captioner.vocabulary).to(captioner.device)
 
     def eval_view(self):
@@ -207,7 +275,7 @@ class LRPInference(CrossEntropy):
         """
         with torch.no_grad():
             rows = self.captioner.fc.weight[token_ids]
-            omegas = inference_weights([precise(addend) for addend in addends], rows, scores)
+            omegas = self.weights([precise(addend) for addend in addends], rows, scores)
             quiet = self.quiet[token_ids].unsqueeze(-1)
             omegas = [torch.where(quiet, 1, omega) for omega in omegas]
         return summed([omega * addend for omega, addend in zip(omegas, addends)])

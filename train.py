@@ -13,6 +13,7 @@ the objects in the images. Fine-tune a trained captioner by SCST, by LRP-inferen
                                                 # --resume CKPT
     python train.py --lrp_tune                  # LRP-inference fine-tuning
     python train.py --lrp_tune --lrp_lambda 1   # its baseline: as many steps without LRP
+    python train.py --lrp_tune --lrp_control random    # the same weights in random order
     python train.py --lrp_cider_tune            # LRP-inference with SCST
     torchrun --nproc_per_node=4 train.py ...    # the same steps, each divided among 4 processes
 
@@ -55,7 +56,13 @@ from decoding import add_decoding_flags, decoding_options
 from encoder import ENCODERS, CutEncoder, build_encoder, encoder_spec, has_learnt
 from featurecache import cached_encoders, encoder_path, features_path, versions_of
 from images import image_transform
-from objectives import CROSS_ENTROPY, TUNING_MODES, ObjectiveConfig, build_objective
+from objectives import (
+    CROSS_ENTROPY,
+    LRP_CONTROLS,
+    TUNING_MODES,
+    ObjectiveConfig,
+    build_objective,
+)
 from trainer import (
     SCHEDULES,
     Trainer,
@@ -311,8 +318,8 @@ TRAINING_FLAGS = [
     Flag(
         "output",
         "where the captioner goes",
-        shown="checkpoints/DATASET-MODEL_TYPE[-MODE].pt; for LRP-inference also its form and "
-        "lambda if they are not the usual ones",
+        shown="checkpoints/DATASET-MODEL_TYPE[-MODE].pt; for LRP-inference also its form, control "
+        "and lambda if they are not the usual ones",
     ),
     Flag(
         "checkpoint_every",
@@ -350,6 +357,15 @@ TUNING_FLAGS = [
         "earlier version",
         "last_layer",
         choices=("last_layer", "image"),
+        modes=("lrp_tune",),
+        repeated=True,
+    ),
+    Flag(
+        "lrp_control",
+        "what takes the place of relevance in the last layer: nothing does; the same weights, "
+        "permuted over the units, or of another word; the size of the unit; one number a word",
+        "none",
+        choices=tuple(LRP_CONTROLS),
         modes=("lrp_tune",),
         repeated=True,
     ),
@@ -444,6 +460,8 @@ def parse_arguments(arguments=None):
     check_limits(vars(args), FLAGS)
     if args.finetune_encoder and args.finetune_from:
         raise UserError("choose --finetune_encoder, for all of it, or --finetune_from STAGE")
+    if args.lrp_control != "none" and args.lrp_form != "last_layer":
+        raise UserError("--lrp_control goes with --lrp_form last_layer only")
     if args.scst_baseline == "others" and args.samples < 2:
         raise UserError("--scst_baseline others needs at least 2 --samples")
     return build_options(args, mode, folder, given)
@@ -559,6 +577,8 @@ def default_output(args, mode, folder, resume, continues, given):
         parts.append(mode)
         if "lrp_form" in given:
             parts.append(f"form_{args.lrp_form}")
+        if "lrp_control" in given:
+            parts.append(f"control_{args.lrp_control}")
         if "lrp_lambda" in given:
             parts.append(f"lambda_{args.lrp_lambda}")
     return "-".join(parts) + ".pt"

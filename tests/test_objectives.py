@@ -17,7 +17,18 @@ from captioner import METHODS, MODELS, load_captioner
 from commandline import UserError
 from explanation import propagate
 from lrp_utils import EPSILON, inference_weights, summed
-from objectives import SCST, CrossEntropy, ImageLRPInference, LRPInference, quiet_words
+from objectives import (
+    LRP_CONTROLS,
+    SCST,
+    CrossEntropy,
+    ImageLRPInference,
+    LRPInference,
+    magnitude_weights,
+    quiet_words,
+    random_weights,
+    shuffled_weights,
+    temperature_weights,
+)
 from pycocoevalcap.bleu.bleu import Bleu
 from vocabulary import STOP_WORDS
 
@@ -149,6 +160,92 @@ def test_lrp_inference_loss_and_gradient_by_hand(setting, lrp_lambda):
     expected = slow_lrp_loss(captioner, features, inputs, targets, lrp_lambda)
     torch.testing.assert_close(loss, expected)
     assert_same_gradients(captioner, loss, expected, 1e-10)
+
+
+def word_parts(number=2, words=6, units=4):
+    """Addends (words, units), a last layer, the predicted words and their logits, in float64."""
+    torch.manual_seed(3)
+    fc = torch.nn.Linear(units, 7).double()
+    addends = list(torch.randn(number, words, units, dtype=torch.float64))
+    scores, predicted = fc(summed(addends)).max(-1)
+    return addends, fc, scores, predicted
+
+
+def test_random_weights_are_the_same_ones_in_another_order():
+    addends, fc, scores, predicted = word_parts(units=50)
+    found = random_weights(addends, fc.weight[predicted], scores)
+    orders = []
+    for row, token_id in enumerate(predicted):
+        own = slow_weights([addend[row] for addend in addends], fc, token_id)
+        for weights, omega in zip(found, own, strict=True):
+            torch.testing.assert_close(weights[row].sort().values, omega.sort().values)
+            assert not torch.allclose(weights[row], omega)
+            orders.append(weights[row].argsort().argsort()[omega.argsort()].tolist())
+    assert len({tuple(order) for order in orders}) == len(orders)  # every word and addend its own
+
+
+@pytest.mark.parametrize("words", (1, 2, 7))
+def test_shuffled_weights_are_another_words(words):
+    addends, fc, scores, predicted = word_parts(words=words)
+    found = shuffled_weights(addends, fc.weight[predicted], scores)
+    givers = []
+    for row in range(words):
+        for other, token_id in enumerate(predicted):
+            own = slow_weights([addend[other] for addend in addends], fc, token_id)
+            if all(torch.allclose(part[row], omega) for part, omega in zip(found, own)):
+                givers.append(other)
+    assert sorted(givers) == list(range(words))  # each word's weights are used once
+    if words > 1:
+        assert all(giver != row for row, giver in enumerate(givers))
+
+
+def test_magnitude_weights_by_hand():
+    addends = [torch.tensor([[1.0, -4.0, 0.0]]), torch.zeros(1, 3)]
+    found = magnitude_weights(addends, None, None)
+    assert found[0].tolist() == [[1.25, 2.0, 1.0]]
+    assert found[1].tolist() == [[1.0, 1.0, 1.0]]  # where nothing arrives nothing is weighted
+
+
+def test_a_temperature_raises_the_predicted_logit_as_relevance_does():
+    addends, fc, scores, predicted = word_parts()
+    found = temperature_weights(addends, fc.weight[predicted], scores)
+    compared = 0
+    for row, token_id in enumerate(predicted):
+        parts = [addend[row] for addend in addends]
+        omegas = slow_weights(parts, fc, token_id)
+        weighted = fc(summed([omega * part for omega, part in zip(omegas, parts)]))[token_id]
+        factor = found[0][row, 0]
+        for weights in found:
+            assert torch.equal(weights[row], factor.expand(4))
+        assert 0 <= factor <= 2
+        if 0 < factor < 2:
+            torch.testing.assert_close(fc(factor * summed(parts))[token_id], weighted)
+            compared += 1
+    assert compared > 2
+
+
+@pytest.mark.parametrize("control", LRP_CONTROLS)
+def test_only_the_weights_differ_between_the_controls(setting, control):
+    """The loss by hand from the control's own weights, in the order of the words of the batch."""
+    captioner, features, inputs, targets = setting
+    addends = addends_of(captioner, features, inputs)
+    counted = targets != 0
+    flat = [addend[counted].detach() for addend in addends]
+    logits = captioner.fc(summed(flat))
+    scores, predicted = logits.max(-1)
+    loud = (~quiet_words(captioner.vocabulary)[predicted]).nonzero().flatten()
+    rows = captioner.fc.weight[predicted[loud]].detach()
+    torch.manual_seed(4)
+    weights = LRP_CONTROLS[control]([part[loud] for part in flat], rows, scores[loud].detach())
+    weighted = summed([omega * part[loud] for omega, part in zip(weights, flat)])
+    p_hat = logits.index_copy(0, loud, captioner.fc(weighted))
+    expected = torch.tensor(0.0, dtype=torch.float64)
+    for place, target in enumerate(targets[counted].tolist()):
+        expected = expected - 0.5 * logits[place].log_softmax(-1)[target]
+        expected = expected - 0.5 * p_hat[place].log_softmax(-1)[target]
+    torch.manual_seed(4)
+    loss, _ = LRPInference(captioner, control=control).loss(features, inputs, targets)
+    torch.testing.assert_close(loss, expected / counted.sum())
 
 
 def test_without_lrp_it_is_cross_entropy(setting):

@@ -394,9 +394,10 @@ def test_no_fine_tuning_takes_the_file_of_another():
         ["--lrp_tune"],
         ["--lrp_tune", "--lrp_lambda", "1"],
         ["--lrp_tune", "--lrp_form", "image"],
+        ["--lrp_tune", "--lrp_control", "random"],
     )
     outputs = [str(options_of(*flags).output) for flags in commands]
-    assert len(set(outputs)) == 6
+    assert len(set(outputs)) == 7
     assert outputs[3] == "checkpoints/scenes-gridtd-lrp_tune.pt"
     assert outputs[4] == "checkpoints/scenes-gridtd-lrp_tune-lambda_1.0.pt"
 
