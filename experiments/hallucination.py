@@ -58,7 +58,9 @@ def run(cases, setting):
         shown       whether the object that it names is annotated; None where the image has no
                     annotated object or the word names none
         scores      {method: statistics_of its map}, and {"1 - beta": {"value": float}} for a
-                    captioner with a visual sentinel, whose share of the attention beta is
+                    captioner with a visual sentinel, whose share of the attention beta is. So
+                    are "- position", "probability" and "logit", which need no explanation, but
+                    in records of earlier versions
     """
     records = []
     for case in cases:
@@ -87,13 +89,16 @@ def is_shown(case, position):
 
 
 def scores_of(case, position):
-    """{method: {statistic: float}} of the word at a position, and 1 - beta if there is a beta."""
+    """The scores of the word at a position, as of `run`."""
     scores = {}
     for method, explanation in case.explanations.items():
         scores[method] = statistics_of(explanation.image_relevance[position], method)
-    beta = case.any_explanation.beta
-    if beta is not None:
-        scores["1 - beta"] = {"value": 1 - beta[position].item()}
+    any_explanation = case.any_explanation
+    if any_explanation.beta is not None:
+        scores["1 - beta"] = {"value": 1 - any_explanation.beta[position].item()}
+    scores["- position"] = {"value": -float(position)}
+    scores["probability"] = {"value": any_explanation.probabilities[position].item()}
+    scores["logit"] = {"value": any_explanation.scores[position].item()}
     return scores
 
 
@@ -117,26 +122,28 @@ def table(images, model_type):
     rows = []
     for method, names in statistics.items():
         for statistic in names:
-            scores = [record["scores"][method][statistic] for record in records]
             row = {"method": method, "statistic": statistic}
             for label in LABELS:
-                labels = [record[label] for record in records]
-                row |= _columns(label, scores, labels, numbers, counts)
+                row |= _columns(label, method, statistic, records, numbers, counts)
             row["paper"] = PAPER.get(model_type, {}).get((method, statistic))
             rows.append(row)
     return rows
 
 
-def _columns(name, scores, labels, numbers, counts):
-    """The columns of a row about one label, of the words whose label is known.
+def _columns(name, method, statistic, records, numbers, counts):
+    """The columns of a row about one label, of the words whose label and score are known.
 
     numbers: of the words' images.
     """
-    known = [place for place, label in enumerate(labels) if label is not None]
-    labels = [int(labels[place]) for place in known]
-    scores = [scores[place] for place in known]
-    numbers = [numbers[place] for place in known]
-    value, low, high = auc_with_interval(scores, labels, numbers, counts)
+    scores = []
+    labels = []
+    own_numbers = []
+    for record, number in zip(records, numbers):
+        if record[name] is not None and method in record["scores"]:
+            scores.append(record["scores"][method][statistic])
+            labels.append(int(record[name]))
+            own_numbers.append(number)
+    value, low, high = auc_with_interval(scores, labels, own_numbers, counts)
     return {
         f"AUC {name}": value,
         f"low {name}": low,

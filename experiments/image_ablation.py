@@ -27,15 +27,19 @@ def patch_count(height, width):
     return max(1, round(PATCHES * height * width / PATCH_IMAGE**2))
 
 
-def patch_order(relevance):
-    """The patches of 8x8 pixels of a map (H, W), numbered row by row, by falling sum.
+def patch_sums(relevance):
+    """The sums (patches,) of a map (H, W) over its patches of 8x8 pixels, numbered row by row.
 
     Pixels beyond the last whole patch belong to none.
     """
     rows, columns = (side // PATCH for side in relevance.shape)
     whole = relevance[: rows * PATCH, : columns * PATCH]
-    sums = whole.reshape(rows, PATCH, columns, PATCH).sum(dim=(1, 3))
-    return sums.flatten().argsort(descending=True, stable=True).tolist()
+    return whole.reshape(rows, PATCH, columns, PATCH).sum(dim=(1, 3)).flatten()
+
+
+def patch_order(relevance):
+    """The patches of a map (H, W), numbered as in `patch_sums`, by falling sum."""
+    return patch_sums(relevance).argsort(descending=True, stable=True).tolist()
 
 
 def random_order(shape, generator):

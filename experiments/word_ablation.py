@@ -58,6 +58,11 @@ def random_words(position, generator, count=DELETED_WORDS):
     return sorted(generator.sample(range(position), min(count, position)))
 
 
+def recent_words(position, count=DELETED_WORDS):
+    """The last words before a position, as sorted positions."""
+    return list(range(max(0, position - count), position))
+
+
 def without(words, positions):
     """The words, or their token ids, but for those at `positions`."""
     return [word for place, word in enumerate(words) if place not in set(positions)]
@@ -69,7 +74,8 @@ def run(cases, setting):
     A record of a word:
         word    the word
         kind    "stop" or "object"
-        drop    {method, or "random": by how much the word's probability drops}
+        drop    {method, "random", or "recent" for the last words: by how much the word's
+                probability drops}. Records of earlier versions have no "recent"
     """
     vocabulary = setting.captioner.vocabulary
     records = []
@@ -114,8 +120,8 @@ def targets(case):
 
 
 def deleted_words(case, position, generator):
-    """{"random" or method: positions of the words to delete before the word at a position}."""
-    deleted = {"random": random_words(position, generator)}
+    """{"random", "recent" or method: positions of the words to delete before a position}."""
+    deleted = {"random": random_words(position, generator), "recent": recent_words(position)}
     for method, explanation in case.explanations.items():
         if method != "attention":  # it says nothing of words
             relevance = explanation.word_relevance[position]
@@ -139,19 +145,28 @@ def table(images, model_type):
     counts = draw_images(len(images))
     rows = []
     for kind in ("stop", "object"):
-        places = [place for place, record in enumerate(records) if record["kind"] == kind]
-        found = [records[place]["drop"] for place in places]
-        own_numbers = [numbers[place] for place in places]
         methods = {}
-        for drop in found:
-            methods |= drop
+        for record in records:
+            if record["kind"] == kind:
+                methods |= record["drop"]
         for method in methods:
-            drops = [drop[method] for drop in found]
+            drops, own_numbers = _drops_of(kind, method, records, numbers)
             row = {"kind": kind, "method": method, **_columns(drops, own_numbers, counts)}
             name = "gradient" if method in WORD_GRADIENTS else method
             row["paper"] = PAPER.get(model_type, {}).get((kind, name))
             rows.append(row)
     return rows
+
+
+def _drops_of(kind, method, records, numbers):
+    """The drops of the words of a kind for which a method was tried, and their images' numbers."""
+    drops = []
+    own_numbers = []
+    for record, number in zip(records, numbers):
+        if record["kind"] == kind and method in record["drop"]:
+            drops.append(record["drop"][method])
+            own_numbers.append(number)
+    return drops, own_numbers
 
 
 def _columns(drops, numbers, counts):

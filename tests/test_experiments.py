@@ -9,7 +9,7 @@ from helpers import random_captioner
 from pycocotools import mask as rle
 
 from captioner import MODELS
-from experiments import EXPERIMENTS
+from experiments import EXPERIMENTS, sign
 from experiments.case import Case, Experiment, Setting, examine
 from experiments.correctness import (
     box_masks,
@@ -36,7 +36,7 @@ from experiments.statistics import (
     mean_with_interval,
 )
 from experiments.tables import markdown_table, tables_of
-from experiments.word_ablation import random_words, related_words, without
+from experiments.word_ablation import random_words, recent_words, related_words, without
 from pycocoevalcap.chair.chair import object_phrases
 
 # ----------------------------------------------------------------------------------- word ablation
@@ -48,6 +48,12 @@ def test_related_words_by_sign_or_size_and_never_the_start():
     assert related_words(row, 5, signed=False) == [1, 2, 4]
     assert related_words(row, 2, signed=True) == [0, 1]  # fewer than three before it
     assert without(["a", "b", "c", "d", "e"], [1, 3]) == ["a", "c", "e"]
+
+
+def test_recent_words_are_the_last_ones():
+    assert recent_words(7) == [4, 5, 6]
+    assert recent_words(2) == [0, 1]
+    assert recent_words(0) == []
 
 
 def test_random_words_come_from_the_same_candidates():
@@ -349,7 +355,7 @@ def test_word_ablation_on_a_batch(setting, records):
         ("a", "stop"),
         ("man", "object"),
     ]
-    assert list(words[0]["drop"]) == ["random", "lrp", "gradcam"]
+    assert list(words[0]["drop"]) == ["random", "recent", "lrp", "gradcam"]
     captioner = setting.captioner
     explanation = captioner.explain(images[:1], [WORDS], "lrp")[0]
     ids = captioner.vocabulary.encode(WORDS)
@@ -386,7 +392,8 @@ def test_hallucination_on_a_batch(records):
         ("dogs", False, False),
         ("man", True, True),
     ]
-    assert words[0]["scores"].keys() == {"lrp", "gradcam", "attention", "1 - beta"}
+    of_the_output = {"1 - beta", "- position", "probability", "logit"}
+    assert words[0]["scores"].keys() == {"lrp", "gradcam", "attention"} | of_the_output
 
 
 def test_the_best_of_several_heads_is_reported_beside_their_mean(setting, monkeypatch):
@@ -439,6 +446,53 @@ def test_another_experiment_needs_no_more_than_two_functions(setting, monkeypatc
     assert tables_of(found, experiments, "gridtd") == {"length": [{"words": 12}]}
 
 
+# -------------------------------------------------------------------------------------------- sign
+
+
+def test_what_opposes_has_negative_relevance_only():
+    row = torch.tensor([-9.0, 0.1, -5.0, 2.0, -0.3, -1.0, -7.0])  # of <start>, words 0..5
+    assert sign.opposing_words(row, 6) == [1, 4, 5]
+    assert sign.opposing_words(row, 3) == [1]
+    assert sign.opposing_words(row, 1) == []
+    relevance = torch.ones(32, 32)
+    relevance[8:16, 16:24] = -1  # patch 6 of 4 x 4
+    assert sign.opposing_patches(relevance) == [6]  # 2.6 % are one patch
+    assert sign.opposing_patches(relevance.abs()) == []
+
+
+def test_the_sign_experiment_on_a_batch(setting, records):
+    """The rises are those of the images and captions that are made by hand."""
+    images, features, _ = records
+    captioner = setting.captioner
+    (found, _) = examine(images, [7, 8], [ENTRY, ENTRY], {"sign": sign.EXPERIMENT}, setting)
+    words = found["sign"]
+    assert [word["word"] for word in words] == ["man", "dog", "dogs", "man"]
+    assert words[1]["inside"] is None  # no annotated hot dog
+    assert words[0]["area"] == 1.0
+    explanation = captioner.explain(images[:1], [WORDS], "lrp")[0]
+    ids = captioner.vocabulary.encode(WORDS)
+    opposing = sign.opposing_words(explanation.word_relevance[8], 8)
+    kept = without(ids[:9], opposing)
+    before, after = last_word_probabilities(captioner, features[:1], [[ids[:9], kept]])[0]
+    assert words[2]["words"]["negative"] == pytest.approx(after - before, abs=1e-6)
+    relevance = explanation.image_relevance[8]
+    patches = sign.opposing_patches(relevance)
+    blank = blanked(images[0], patches_mask(patches, relevance.shape))
+    blank_features = captioner.encode(blank[None])
+    ((after,),) = last_word_probabilities(captioner, blank_features, [[ids[:9]]])
+    assert words[2]["patches"]["negative"] == pytest.approx(after - before, abs=1e-6)
+
+
+def test_the_sign_table_by_hand():
+    patches = {"negative": 0.2, "random": -0.1}
+    images = [[{"patches": patches, "words": None}], [{"patches": None, "words": None}]]
+    rows = sign.table(images, "gridtd")
+    assert [(row["what"], row["deleted"], row["words"], row["rise"]) for row in rows] == [
+        ("patches", "negative", 1, 0.2),
+        ("patches", "random", 1, -0.1),
+    ]
+
+
 # ------------------------------------------------------------------------------------------ tables
 
 
@@ -463,6 +517,28 @@ def test_the_word_table_by_hand():
     assert stop["paper"] == 0.7121
     assert rows["object", "random"]["drops"] == 1.0
     assert rows["stop", "random"]["drops"] == 0.0
+
+
+def test_records_of_earlier_versions_are_read_beside_new_ones():
+    """Old records have no "recent" words and no scores of the captioner's output."""
+    images = [
+        [{"kind": "stop", "drop": {"random": 0.1}}],
+        [{"kind": "stop", "drop": {"random": 0.3, "recent": -0.2}}],
+    ]
+    rows = {row["method"]: row for row in EXPERIMENTS["word_ablation"].table(images, "aoa")}
+    assert (rows["random"]["words"], rows["recent"]["words"]) == (2, 1)
+    assert rows["recent"]["drops"] == 0
+    words = []
+    for score, supported in ((1.0, True), (0.0, False)):
+        old = {"lrp": {"max": score}}
+        new = old | {"logit": {"value": -score}}
+        words += [
+            {"supported": supported, "shown": None, "scores": old},
+            {"supported": supported, "shown": None, "scores": new},
+        ]
+    rows = {row["method"]: row for row in EXPERIMENTS["hallucination"].table([words], "aoa")}
+    assert (rows["lrp"]["supported yes/no"], rows["lrp"]["AUC supported"]) == ("2/2", 1.0)
+    assert (rows["logit"]["supported yes/no"], rows["logit"]["AUC supported"]) == ("1/1", 0.0)
 
 
 def test_the_image_table_by_hand():
