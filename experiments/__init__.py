@@ -5,6 +5,10 @@
     records = examine_split(dataset, EXPERIMENTS, setting, path, header)  # of a split: records.py
     tables = tables_of(records, EXPERIMENTS, model_type)                  # tables.py
 
+The replication (docs/PROTOCOL.md, study.py) adds sign.py, an experiment; captionscores.py, what
+each image contributes to the caption metrics; hypotheses.py, what is tested; inference.py, how; and
+report.py, its tables.
+
 A new experiment is a file with `run`, `table` and an EXPERIMENT, and a row of EXPERIMENTS.
 """
 

@@ -63,14 +63,20 @@ def bootstrap_p(draws):
 
 
 def estimate_of_draws(value, draws):
-    """The Estimate of a value and its bootstrap draws: percentile intervals."""
+    """The Estimate of a value and its bootstrap draws: percentile intervals.
+
+    Draws in which the statistic is not defined, NaN, are left out; without any other p is None.
+    """
+    draws = draws[np.isfinite(draws)]
     low, high = interval(draws)
-    return Estimate(value, low, high, interval(draws, 1 - 2 * LEVEL), bootstrap_p(draws))
+    p = bootstrap_p(draws) if len(draws) else None
+    return Estimate(value, low, high, interval(draws, 1 - 2 * LEVEL), p)
 
 
 def ratio(totals):
-    """The statistic of columns (numerator, denominator): (..., 2) -> (...)."""
-    return totals[..., 0] / totals[..., 1]
+    """The statistic of columns (numerator, denominator): (..., 2) -> (...), NaN of nothing."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return totals[..., 0] / totals[..., 1]
 
 
 def paired_difference(first, second, statistic, counts):
@@ -228,7 +234,7 @@ def _t_estimate(value, variance, freedom, tested=True):
     half = student_t.ppf(1 - LEVEL / 2, freedom) * error
     inner = student_t.ppf(1 - LEVEL, freedom) * error
     p = None
-    if tested:
+    if tested and np.isfinite(error):
         p = float(2 * student_t.sf(abs(value) / error, freedom)) if error else float(value == 0)
     return Estimate(value, value - half, value + half, (value - inner, value + inner), p)
 
