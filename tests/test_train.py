@@ -474,6 +474,11 @@ USELESS_FLAGS = [
     ),
     ("--cider_tune --hidden_dim 8", "--hidden_dim goes with training"),
     ("--lrp_cider_tune --max_length 9", "--max_length goes with training"),
+    ("--cider_tune --lrp_control random", "--lrp_control goes with --lrp_tune only"),
+    (
+        "--lrp_tune --lrp_form image --lrp_control random",
+        "--lrp_control goes with --lrp_form last_layer only",
+    ),
     ("--samples 3", "--samples goes with --cider_tune or --lrp_cider_tune only"),
 ]
 
