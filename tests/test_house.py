@@ -13,7 +13,7 @@ FLOORS = [
     ["captiondata"],
     ["pycocoevalcap", "bert"],
     ["readers", "scenes"],
-    ["encoder", "lrp_utils", "gradient_utils"],
+    ["encoder", "lrp_utils", "gradient_utils", "relevancy_utils"],
     ["decoding", "explanation"],
     ["basemodel"],
     ["gridTDmodel", "aoamodel"],
