@@ -13,16 +13,19 @@ the relevance of any activation is value * c. Four small things differ from the 
 
 `Rules` says what a captioner asks of the rules of an explanation. The captioners are written once,
 in these terms, for the sets of rules `TrueGradient`, `LRP` and `AttnLRP`. `AlphaOneBetaZero`
-changes the convolutions of any encoder from outside, for the time of a `with`.
+changes the convolutions of any encoder from outside, for the time of a `with`, and
+`TransformerLRP` does AttnLRP of any transformer so.
 """
 
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 EPSILON = 0.01  # paper §4, "LRP parameters"
+# A transformer has many more sums in a row, and 0.01 in each would absorb most of the relevance.
+TRANSFORMER_EPSILON = 1e-6
 
 
 def stabilize(z, epsilon):
@@ -305,3 +308,238 @@ def _same_padding(kernel, dilation):
         total = step * (size - 1)
         padding += [total // 2, total - total // 2]
     return padding
+
+
+def carries(x):
+    """Whether x is a tensor that depends on a leaf, so that relevance flows through it."""
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
+def _constant(value):
+    """A parameter without its gradient; anything else as it is."""
+    return value.detach() if isinstance(value, torch.nn.Parameter) else value
+
+
+class TransformerLRP(TorchFunctionMode):
+    """`with TransformerLRP():` explains any transformer called inside by AttnLRP.
+
+    Achtibat et al. (2024). For c = R / value the rules are:
+
+    * linear layers, convolutions, matrix products, sums: epsilon-rule, or for layers the
+      gamma-rule;
+    * layer norm and RMS norm: linear, since the deviation is a constant;
+    * GELU, SiLU, tanh: relevance passes (the identity rule), so the backward is f(x) / x;
+    * products of two tensors that carry relevance, such as q k' and A v: half for each factor;
+    * softmax: its own gradient (Prop. 3.1).
+
+    Parameters are constants. So is what is usually only a gate or a scale: sigmoid, erf, and roots.
+    Addends that do not depend on a leaf, such as position embeddings, keep their share. Fused
+    attention is taken apart. The network is not touched.
+
+    epsilon            of every epsilon- and gamma-rule
+    linear_gamma       of linear layers; 0 is the epsilon-rule. The authors' vision transformer has
+                       0.05, and 0.25 for its convolution
+    convolution_gamma  of convolutions, such as a patch embedding
+    """
+
+    def __init__(self, epsilon=TRANSFORMER_EPSILON, linear_gamma=0.0, convolution_gamma=0.0):
+        super().__init__()
+        self.rules = LRP(epsilon)
+        self.linear_gamma = linear_gamma
+        self.convolution_gamma = convolution_gamma
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        values = [_constant(value) for value in args]
+        options = {name: _constant(value) for name, value in (kwargs or {}).items()}
+        rule = _TRANSFORMER_RULES.get(function)
+        if rule is None:
+            return function(*values, **options)
+        return rule(self, function, *values, **options)
+
+    def linear(self, function, input, weight, bias=None):
+        """F.linear: input (..., I), weight (O, I), bias (O) or None -> (..., O)."""
+        return self._layer(F.linear, input, weight, bias, self.linear_gamma)
+
+    def addmm(self, function, bias, input, weight, **options):
+        """torch.addmm(bias, input, weight), as GPT-2's layers call it."""
+
+        def layer(x, w, b):
+            return torch.addmm(b, x, w, **options)
+
+        return self._layer(layer, input, weight, bias, self.linear_gamma)
+
+    def convolution(self, function, input, weight, bias=None, *geometry, **options):
+        """F.conv1d, F.conv2d, F.conv3d."""
+
+        def layer(x, w, b):
+            return function(x, w, b, *geometry, **options)
+
+        return self._layer(layer, input, weight, bias, self.convolution_gamma)
+
+    def _layer(self, layer, input, weight, bias, gamma):
+        """layer(input, weight, bias), explained by the epsilon-rule, or with gamma by that rule."""
+        z = layer(input, weight, bias)
+        if not carries(z):
+            return z
+        if not gamma:
+            return self.rules.epsilon(z)
+        return _gamma_rule(layer, input, weight, bias, z.detach(), gamma, self.rules.stabilizer)
+
+    def sum(self, function, input, other, **options):
+        """A sum of two tensors; a residual connection's shares relevance by the epsilon-rule."""
+        if carries(input) and carries(other):
+            total = self.rules.epsilon(torch.add(input, other, **options))
+            return input.copy_(total) if function is torch.Tensor.add_ else total
+        total = function(input, other, **options)
+        # GPT-2 writes its GELU as x (1 + tanh ...) / 2: a tanh plus a number is a gate.
+        numbers = [part for part in (input, other) if not isinstance(part, torch.Tensor)]
+        is_tanh = [getattr(part, "is_tanh", False) for part in (input, other)]
+        return total.detach() if numbers and any(is_tanh) else total
+
+    def product(self, function, *factors, **options):
+        """Factors, multiplied element by element, share the relevance equally (Prop. 3.3)."""
+        return function(*_sharing(factors), **options)
+
+    def matrix_product(self, function, *factors, **options):
+        """So do the factors of sums of products, for which the epsilon-rule holds, too."""
+        product = function(*_sharing(factors), **options)
+        return self.rules.epsilon(product) if carries(product) else product
+
+    def activation(self, function, input, *rest, **options):
+        """A function f with f(0) = 0 of each element: R(x) = R(f(x)), so its backward is f(x)/x."""
+        if not carries(input):
+            return function(input, *rest, **options)
+        value = input.detach()
+        tiny = torch.finfo(value.dtype).eps
+        nonzero = torch.where(value == 0, tiny, value)  # f(x)/x has its limit there
+        slope = function(nonzero.clone(), *rest, **options) / nonzero
+        output = _ScaledBackward.apply(input, slope * value, slope)
+        output.is_tanh = function in _TANH
+        return output
+
+    def constant(self, function, *values, **options):
+        """A gate or a scale."""
+        return function(*values, **options).detach()
+
+    def layer_norm(self, function, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        """F.layer_norm, whose deviation is a constant."""
+        dimensions = tuple(range(-len(normalized_shape), 0))
+        centred = input - input.mean(dimensions, keepdim=True)
+        variance = centred.detach().square().mean(dimensions, keepdim=True)
+        return self._scaled(centred / (variance + eps).sqrt(), weight, bias)
+
+    def rms_norm(self, function, input, normalized_shape, weight=None, eps=None):
+        """F.rms_norm, whose root mean square is a constant."""
+        dimensions = tuple(range(-len(normalized_shape), 0))
+        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        mean_square = input.detach().square().mean(dimensions, keepdim=True)
+        return self._scaled(input / (mean_square + eps).sqrt(), weight, None)
+
+    def _scaled(self, normalized, weight, bias):
+        """normalized * weight + bias by the epsilon-rule; weight or bias may be None."""
+        z = normalized if weight is None else normalized * weight
+        z = z if bias is None else z + bias
+        return self.rules.epsilon(z) if carries(z) else z
+
+    def attention(self, function, *values, **options):
+        """Fused attention, one step after the other, so that each step has its rule."""
+        with self:
+            return attention_in_steps(*values, **options)
+
+    def composed(self, function, *values, **options):
+        """A function of several steps, each of which has its rule."""
+        with self:
+            return _open_copy(function)(*values, **options)
+
+
+_TANH = {torch.tanh, torch.Tensor.tanh, F.tanh}
+_RULES_AND_FUNCTIONS = [
+    (TransformerLRP.linear, [F.linear]),
+    (TransformerLRP.addmm, [torch.addmm]),
+    (TransformerLRP.convolution, [F.conv1d, F.conv2d, F.conv3d]),
+    (TransformerLRP.sum, [*AlphaOneBetaZero.SUMS, torch.Tensor.add_, torch.Tensor.__radd__]),
+    (TransformerLRP.product, [torch.mul, torch.Tensor.mul, torch.Tensor.__mul__]),
+    (TransformerLRP.matrix_product, [torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__]),
+    (TransformerLRP.matrix_product, [torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.einsum]),
+    (TransformerLRP.activation, [F.gelu, F.silu, F.mish, F.elu, *_TANH]),
+    (TransformerLRP.constant, [torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid]),
+    (TransformerLRP.constant, [torch.erf, torch.Tensor.erf, torch.rsqrt, torch.Tensor.rsqrt]),
+    (TransformerLRP.constant, [torch.sqrt, torch.Tensor.sqrt, torch.std, torch.Tensor.std]),
+    (TransformerLRP.constant, [torch.Tensor.norm, torch.norm, torch.linalg.vector_norm]),
+    (TransformerLRP.layer_norm, [F.layer_norm]),
+    (TransformerLRP.rms_norm, [F.rms_norm]),
+    (TransformerLRP.attention, [F.scaled_dot_product_attention]),
+    (TransformerLRP.composed, [F.multi_head_attention_forward, F.normalize]),
+]
+_TRANSFORMER_RULES = {}
+for _rule, _functions in _RULES_AND_FUNCTIONS:
+    _TRANSFORMER_RULES.update(dict.fromkeys(_functions, _rule))
+
+
+def _sharing(factors):
+    """The factors of a product; those that carry relevance get equal shares of it."""
+    count = sum(map(carries, factors))
+    if count < 2:
+        return factors
+    shared = []
+    for factor in factors:
+        if carries(factor):
+            share = torch.full_like(factor, 1 / count).detach()
+            factor = _ScaledBackward.apply(factor, factor.detach(), share)
+        shared.append(factor)
+    return shared
+
+
+def _gamma_rule(layer, input, weight, bias, z, gamma, epsilon):
+    """z = layer(input, weight, bias), explained by the gamma-rule for inputs of either sign.
+
+    Where z > 0, relevance goes by the parts of z after those that are positive have been multiplied
+    by 1 + gamma, where z < 0 after the negative ones have. Montavon et al. (2019), as zennit
+    generalises it. A bias is a part, too.
+    """
+    rising = weight + gamma * weight.clamp(min=0)
+    falling = weight + gamma * weight.clamp(max=0)
+    bias_rising = None if bias is None else bias + gamma * bias.clamp(min=0)
+    bias_falling = None if bias is None else bias + gamma * bias.clamp(max=0)
+    no_bias = None if bias is None else torch.zeros_like(bias)
+    positive = input.clamp(min=0)
+    negative = input - positive
+    up = layer(positive, rising, bias_rising) + layer(negative, falling, no_bias)
+    down = layer(positive, falling, bias_falling) + layer(negative, rising, no_bias)
+    above = z.clamp(min=0)
+    below = z.clamp(max=0)
+    from_up = _ScaledBackward.apply(up, above, above / stabilize(up.detach(), epsilon))
+    from_down = _ScaledBackward.apply(down, below, below / stabilize(down.detach(), epsilon))
+    return from_up + from_down
+
+
+def attention_in_steps(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """F.scaled_dot_product_attention as PyTorch's documentation writes it, step by step."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0) @ value
+
+
+def _open_copy(function):
+    """A function of torch.nn.functional that does not hand itself to a mode as a whole.
+
+    So the mode sees the functions that it calls.
+    """
+
+    def no_mode(*_):
+        return False
+
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    known = {**function.__globals__, **dict.fromkeys(names, no_mode)}
+    return FunctionType(function.__code__, known, function.__name__, function.__defaults__)
