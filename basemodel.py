@@ -213,6 +213,7 @@ class Captioner(nn.Module, ABC):
     A model adds what lies between; see the top of this file.
     """
 
+    methods = explanation.METHODS  # {name: Method} of explaining it
     # Whether the attention scores are products of queries and keys, which AttnLRP has rules for.
     dot_product_attention = False
 

@@ -19,6 +19,7 @@ from commandline import UserError, find_checkpoint
 from encoder import Encoder
 from explanation import METHODS, Explanation
 from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
+from pretrainedmodel import is_pretrained, load_pretrained
 from readers import SOURCES
 from vocabulary import Vocabulary
 
@@ -51,16 +52,21 @@ def build_captioner(config, vocabulary, encoder):
     return MODELS[config.model_type](config, vocabulary, encoder)
 
 
-def load_captioner(path, device="cpu"):
+def load_captioner(path, device="cpu", pretrained=True):
     """The captioner saved in `path`, in eval mode on `device`.
 
-    UserError if the file is not one; if it is missing, with the commands that make it.
+    path: a checkpoint; or for the captioners of pretrainedmodel.py a folder that transformers has
+    saved, or a name of its hub such as "Salesforce/blip-image-captioning-base". These can only
+    caption and explain; pretrained=False refuses them. UserError if the file is not one; if it is
+    missing, with the commands that make it.
     """
     commands = commands_for(path)
     if commands and not find_checkpoint(path).exists():
         raise UserError(f"there is no checkpoint {path}; make it with: {' && '.join(commands)}")
     # Parameters that are made in inference mode could not be explained later.
     with torch.inference_mode(False):
+        if pretrained and is_pretrained(path):
+            return load_pretrained(path, device)
         checkpoint = read_checkpoint(path, device)
         config = CaptionerConfig(**checkpoint["config"])
         vocabulary = Vocabulary(checkpoint["vocabulary"])

@@ -317,6 +317,18 @@ def find_checkpoint(path):
     return path
 
 
+def checkpoint_hash(path):
+    """The hash of a checkpoint, of all files of a folder, or None for what is not on this disk."""
+    path = Path(path)
+    if not path.is_dir():
+        return file_hash(path) if path.exists() else None
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            digest.update(f"{file.name} {file_hash(file)}".encode())
+    return digest.hexdigest()[:16]
+
+
 def provenance(seed=None, checkpoint=None):
     """What a result needs to be made again, as a dict.
 
@@ -331,5 +343,5 @@ def provenance(seed=None, checkpoint=None):
             "numpy": np.__version__,
         },
         "checkpoint": str(checkpoint) if checkpoint else None,
-        "checkpoint_sha256": file_hash(find_checkpoint(checkpoint)) if checkpoint else None,
+        "checkpoint_sha256": checkpoint_hash(find_checkpoint(checkpoint)) if checkpoint else None,
     }

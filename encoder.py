@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from commandline import UserError
-from images import IMAGENET_MEAN, IMAGENET_STD
+from images import IMAGENET_MEAN, IMAGENET_STD, renormalized
 
 # Feature maps and max-pools ("M") of the small VGG that learns from nothing on the drawn scenes. It
 # makes 8 x 8 regions of 128 x 128 pixels.
@@ -248,13 +248,7 @@ class Encoder(nn.Module):
 
         Given features are returned as they are.
         """
-        if self.given or (self.mean == IMAGENET_MEAN and self.std == IMAGENET_STD):
-            return images
-        imagenet_mean, imagenet_std, mean, std = (
-            images.new_tensor(values).view(3, 1, 1)
-            for values in (IMAGENET_MEAN, IMAGENET_STD, self.mean, self.std)
-        )
-        return (images * imagenet_std + imagenet_mean - mean) / std
+        return images if self.given else renormalized(images, self.mean, self.std)
 
     def regions(self, pixels):
         """What `own_pixels` returns -> region features (B, L, D)."""

@@ -288,7 +288,7 @@ def main():
         return
     device = distributed.own_device(args.device)
     with distributed.job(device):
-        captioner = load_captioner(args.checkpoint, device)
+        captioner = load_captioner(args.checkpoint, device, pretrained=False)
         if args.images:
             name = f"{Path(args.checkpoint).stem}-{Path(args.images).resolve().name}-captions"
             path = extended(results_stem(args, name), ".json")

@@ -51,6 +51,7 @@ from decoding import add_decoding_flags, decoding_options
 from explanation import explainable_ids, method_for, unknown_words_message
 from images import IMAGE_ENDINGS, image_files, image_transform, load_image
 from plots import comparison_figure, explanation_figure, paint_boxes, save_figure
+from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
@@ -74,7 +75,7 @@ FLAGS = [
         f"how to explain, one or more of {', '.join(METHODS)}",
         default=["lrp"],
         type=str,
-        choices=tuple(METHODS),
+        choices=tuple(METHODS | PRETRAINED_METHODS),
         nargs="+",
         metavar="NAME",
         shown="lrp",

@@ -32,6 +32,10 @@ from vocabulary import padded
 PIXELS_PER_PASS = 1_000_000
 
 
+def needs_any_captioner(captioner):
+    """The check of a method that is for every captioner."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to explain.
@@ -50,7 +54,7 @@ class Method:
     relevance: Callable
     pixels: bool = True
     leaves: tuple = ()
-    check: Callable = lambda captioner: None
+    check: Callable = needs_any_captioner
 
 
 def needs_pixels(captioner):
@@ -121,17 +125,18 @@ class Explanation:
 
 def method_for(captioner, name):
     """The Method called `name`; UserError if there is none, or it is not for this captioner."""
-    if name not in METHODS:
-        known = ", ".join(METHODS)
+    methods = captioner.methods
+    if name not in methods:
+        known = ", ".join(methods)
         raise UserError(f"there is no explanation method '{name}'; choose from {known}")
-    METHODS[name].check(captioner)
-    return METHODS[name]
+    methods[name].check(captioner)
+    return methods[name]
 
 
 def methods_of(captioner):
     """The names of the methods that are for this captioner."""
     names = []
-    for name, method in METHODS.items():
+    for name, method in captioner.methods.items():
         try:
             method.check(captioner)
         except UserError:
@@ -304,11 +309,12 @@ def explained_forward(captioner, images, inputs, targets, method):
     return Forward(leaves, outputs, scores, unrolled.attention.squeeze(1), beta)
 
 
-def word_gradients(scores, positions, leaves):
+def word_gradients(scores, positions, leaves, retain_graph=False):
     """The gradients of the scores (B, T) at the positions (B, K) with respect to the leaves.
 
     leaves: {name: tensor (B, ...), None, or a list of tensors}. Returns {name: tensor (K, B, ...)},
     None for a leaf that wants no gradient or on which the scores do not depend, or a list of these.
+    retain_graph: whether the backward will be called once more.
     """
     seeds = F.one_hot(positions, scores.shape[1]).to(scores).transpose(0, 1)  # (K, B, T)
     wanted = []
@@ -316,9 +322,10 @@ def word_gradients(scores, positions, leaves):
         for tensor in leaf if isinstance(leaf, list) else [leaf]:
             if tensor is not None and tensor.requires_grad:
                 wanted.append(tensor)
-    gradients = iter(
-        torch.autograd.grad(scores, wanted, seeds, is_grads_batched=True, allow_unused=True)
+    results = torch.autograd.grad(
+        scores, wanted, seeds, retain_graph, is_grads_batched=True, allow_unused=True
     )
+    gradients = iter(results)
 
     def gradient_of(tensor):
         return next(gradients) if tensor is not None and tensor.requires_grad else None

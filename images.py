@@ -119,3 +119,14 @@ def image_transform(size, augment=False, smallest_crop=1.0):
         v2.ToPureTensor(),
     ]
     return v2.Compose(steps)
+
+
+def renormalized(images, mean, std):
+    """ImageNet-normalised images (B, 3, H, W), normalised by another mean and deviation instead."""
+    if tuple(mean) == IMAGENET_MEAN and tuple(std) == IMAGENET_STD:
+        return images
+    imagenet_mean, imagenet_std, mean, std = (
+        images.new_tensor(values).view(3, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD, mean, std)
+    )
+    return (images * imagenet_std + imagenet_mean - mean) / std

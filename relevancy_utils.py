@@ -17,14 +17,18 @@ attention is (..., heads, S, Q), and its rows sum to 1; its gradient is that of 
     for own, cross in decoder_cams:
         text = text.self_attention(own).cross_attention(cross, image)
     of_words, of_patches = text.row(position)
+
+`AttentionRecorder` finds the attentions of any transformer.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
-from lrp_utils import safe_ratio
+from lrp_utils import AlphaOneBetaZero, attention_in_steps, safe_ratio
 
 
 class Weights(NamedTuple):
@@ -237,3 +241,70 @@ def transformer_attribution(relevances, gradients):
     for relevance, gradient in zip(relevances, gradients):
         result = result + average_heads(relevance, gradient) @ result
     return result
+
+
+# ---------------------------------------------------------------------- attention of a transformer
+
+
+@dataclass
+class AttentionBlock:
+    """What is seen of an attention block of a transformer while it runs.
+
+    weights   (B, heads, S, Q)
+    residual  (B, S, D), the tokens before the block; None if no residual connection was found
+    added     (B, S, D), what the attention adds to them
+    total     (B, S, D), their sum
+    """
+
+    weights: torch.Tensor
+    residual: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+    total: torch.Tensor | None = None
+
+
+class AttentionRecorder(TorchFunctionMode):
+    """`with AttentionRecorder() as recorder:` keeps the attention blocks of a transformer.
+
+    `recorder.blocks` holds them in the order in which they run. The network is not touched. Fused
+    attention is taken apart. A softmax is an attention's weights. The first linear layer after it
+    is the attention's output projection, and the first sum that has that as a part is the residual
+    connection.
+    """
+
+    SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
+    PROJECTIONS = {F.linear, torch.addmm}
+    SUMS = {*AlphaOneBetaZero.SUMS, torch.Tensor.add_}
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = []
+        self._projected = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            with self:
+                return attention_in_steps(*args, **kwargs)
+        output = function(*args, **kwargs)
+        if function in self.SOFTMAX:
+            self.blocks.append(AttentionBlock(output))
+            self._projected = None
+        elif function in self.PROJECTIONS and self._projected is None:
+            self._projected = output
+        elif function in self.SUMS and self.blocks and self.blocks[-1].total is None:
+            self._record_sum(args[:2], output)
+        return output
+
+    def _record_sum(self, parts, total):
+        """Complete the last block if one of the two parts is what its attention adds."""
+        if self._projected is None or not all(isinstance(part, torch.Tensor) for part in parts):
+            return
+        # GPT-2 looks at the output of its layers in another shape, so the place in memory tells.
+        place = self._projected.data_ptr()
+        for added, residual in (parts, parts[::-1]):
+            if added.data_ptr() == place and added.shape == residual.shape:
+                block = self.blocks[-1]
+                block.residual = residual
+                block.added = added
+                block.total = total
+                return

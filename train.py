@@ -657,7 +657,7 @@ def load_trained(options, device):
 
     UserError if it is of another model_type or encoder than the one that was asked for.
     """
-    trained = load_captioner(options.resume, device)
+    trained = load_captioner(options.resume, device, pretrained=False)
     sizes = asdict(options.captioner)
     for name in ("model_type", "encoder"):
         own = getattr(trained.config, name)
