@@ -204,6 +204,16 @@ def test_an_rms_norm_is_linear():
         torch.testing.assert_close(torch.autograd.grad(output.sum(), leaf)[0], truth)
 
 
+def test_the_length_of_a_vector_is_a_constant():
+    """F.normalize hides its steps, too."""
+    leaf = drawn(WORDS, 12).requires_grad_()
+    with TransformerLRP():
+        output = F.normalize(leaf, dim=-1)
+    torch.testing.assert_close(output, F.normalize(leaf, dim=-1))
+    (gradient,) = torch.autograd.grad(output.sum(), leaf)
+    torch.testing.assert_close(leaf * gradient, output)
+
+
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "gelu_fast", "quick_gelu", "silu", "tanh"])
 def test_relevance_passes_an_activation(name):
     activation = transformers.activations.ACT2FN[name]
