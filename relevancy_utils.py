@@ -297,7 +297,8 @@ class AttentionRecorder(TorchFunctionMode):
 
     def _record_sum(self, parts, total):
         """Complete the last block if one of the two parts is what its attention adds."""
-        if self._projected is None or not all(isinstance(part, torch.Tensor) for part in parts):
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        if self._projected is None or len(tensors) < 2:
             return
         # GPT-2 looks at the output of its layers in another shape, so the place in memory tells.
         place = self._projected.data_ptr()
