@@ -44,3 +44,8 @@ def calibrate(encoder):
     if layers:
         encoder(torch.randn(2, 3, 128, 128, dtype=torch.float64))
         encoder.eval()
+
+
+def unpadded(text):
+    """A text with one blank for each run of blanks, so that a table's columns are not aligned."""
+    return "\n".join(" ".join(line.split()) for line in text.splitlines())

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import unpadded
 
 from experiments.hypotheses import (
     METRICS,
@@ -218,6 +219,7 @@ def test_macro_precision_is_of_words_that_every_arm_says_often():
 def test_the_report_of_a_made_up_study():
     units = made_up_units(["gridtd", "aoa"], 3, {"lrp": 0.2})
     text, words = report(units, {"gridtd": EXPLAINED}, {"gridtd, lrp": "1e-5"}, draws=100)
+    text = unpadded(text)
     assert "Seeds: {'gridtd': 3, 'aoa': 3}. Explained: gridtd." in text
     assert "| H1 | words by LRP beat the last words and random ones |" in text
     assert "| H5a | " in text
