@@ -463,20 +463,24 @@ def test_scst_of_lrp_inference_samples_from_the_weighted_logits(speaker, dropout
     assert (p - p_hat).abs().max() > 0.04
 
 
-def test_scst_raises_the_reward(speaker):
-    """Thirty steps on two images: sampled captions come nearer to their references."""
+@pytest.mark.parametrize("baseline", ["greedy", "others"])
+def test_scst_raises_the_reward(speaker, baseline):
+    """Forty steps on two images: sampled captions come nearer to their references.
+
+    With fewer samples or longer steps it depends on the seed whether they do.
+    """
     captioner, features = speaker
-    objective = SCST(captioner, REFERENCES, samples=8)
-    optimizer = torch.optim.Adam(captioner.decoder_parameters(), lr=0.02)
+    objective = SCST(captioner, REFERENCES, samples=32, baseline=baseline)
+    optimizer = torch.optim.Adam(captioner.decoder_parameters(), lr=0.01)
     torch.manual_seed(0)
     rewards = []
-    for _ in range(30):
+    for _ in range(40):
         loss, figures = objective(None, features, None, torch.tensor([0, 1]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rewards.append(figures["reward"])
-    assert sum(rewards[-5:]) > 1.3 * sum(rewards[:5])
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
 
 
 # --------------------------------------------------------------------------- from the command line
