@@ -785,9 +785,13 @@ def load_pretrained(path, device="cpu"):
     A folder is read without a network. UserError if it holds no captioner that this file knows, or
     if a name cannot be downloaded.
     """
-    import huggingface_hub  # these two take seconds, which no other captioner needs
-    import transformers
-
+    try:
+        import huggingface_hub  # these two take seconds, which no other captioner needs
+        import transformers
+    except ImportError:
+        raise UserError(
+            f"{path} needs the package transformers; pip install 'transformers<5'"
+        ) from None
     # Their warnings, such as of each try to reach the hub, are for who writes programs on them.
     transformers.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()

@@ -1,5 +1,6 @@
 """Captioners of transformers: tiny ones of each family against the model's own autograd."""
 
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -492,3 +493,9 @@ def test_mistakes_are_one_line(captioners, images):
             captioner.explain(*arguments)
     with pytest.raises(UserError, match="no decoding 'nucleus', only beam and greedy"):
         captioner.caption(images, "nucleus")
+
+
+def test_transformers_is_named_where_it_is_missing(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="needs the package transformers; pip install"):
+        load_captioner(folders["blip"])
