@@ -417,6 +417,15 @@ class Captioner(nn.Module, ABC):
         dtype = self.fc.weight.dtype
         return torch.cat([encoder(part.to(self.device, dtype)) for part in images.split(size)])
 
+    @property
+    def model_type(self):
+        """Which captioner it is, a name of captioner.MODELS."""
+        return self.config.model_type
+
+    def check_words(self, words):
+        """Raise a UserError unless a caption of these words can be explained."""
+        explanation.explainable_ids(self.vocabulary, words)
+
     def explain(self, images, captions=None, method="lrp"):
         """Explain every word of a caption of every image; see explanation.explain."""
         return explanation.explain(self, images, captions, method)

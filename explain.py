@@ -48,10 +48,11 @@ from commandline import (
     write_json,
 )
 from decoding import add_decoding_flags, decoding_options
-from explanation import explainable_ids, method_for, unknown_words_message
+from explanation import method_for
 from images import IMAGE_ENDINGS, image_files, image_transform, load_image
 from plots import comparison_figure, explanation_figure, paint_boxes, save_figure
 from pretrainedmodel import METHODS as PRETRAINED_METHODS
+from pretrainedmodel import PretrainedCaptioner
 from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
@@ -119,13 +120,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A captioner to explain.
+    """A captioner to explain, one of this project's or a published one of transformers.
 
     mark   what the names of its files say of it; empty for the default one
     about  what its files hold of it and of this run: {name: value}
     """
 
-    captioner: Captioner
+    captioner: Captioner | PretrainedCaptioner
     mark: str
     about: dict
 
@@ -265,8 +266,8 @@ def load_speakers(checkpoints, seed, device):
     for path in paths:
         captioner = load_captioner(path, device)
         about = provenance(seed, path)
-        about["model_type"] = captioner.config.model_type
-        about["encoder"] = captioner.config.encoder
+        about["model_type"] = captioner.model_type
+        about["encoder"] = captioner.encoder.name
         speakers.append(Speaker(captioner, marks.get(path, ""), about))
     return speakers
 
@@ -308,11 +309,21 @@ def check_wanted(speakers, wanted):
         for method in wanted.methods.values():
             method_for(speaker.captioner, method)
         if wanted.caption is not None:
-            explainable_ids(speaker.captioner.vocabulary, wanted.caption)
-    vocabularies = [speaker.captioner.vocabulary for speaker in speakers]
+            speaker.captioner.check_words(wanted.caption)
     for word in wanted.words or []:
-        if not any(word in vocabulary for vocabulary in vocabularies):
-            raise UserError(unknown_words_message(vocabularies[0], [word]))
+        check_known(speakers, word)
+
+
+def check_known(speakers, word):
+    """Raise the UserError of the first captioner if none of them knows a word to draw."""
+    complaints = []
+    for speaker in speakers:
+        try:
+            speaker.captioner.check_words([word])
+            return
+        except UserError as error:
+            complaints.append(error)
+    raise complaints[0]
 
 
 def check_regions(captioner, images, regions):

@@ -67,11 +67,13 @@ OCCLUDED = 12  # squares along each side of the image, at most
 class PatchEncoder(NamedTuple):
     """What a captioner's image encoder wants: the interface of encoder.Encoder that users read.
 
+    name        what kind of network it is
     image_size  side of the square image, in pixels
     grid        (h, w) of the patches
     mean, std   three values each: how pixels are normalised
     """
 
+    name: str
     image_size: int
     grid: tuple
     mean: tuple
@@ -449,8 +451,18 @@ class PretrainedCaptioner(ABC):
                 "to explain"
             )
         side = size // patch
-        mean = tuple(processor.image_mean)
-        self.encoder = PatchEncoder(size, (side, side), mean, tuple(processor.image_std))
+        self.encoder = PatchEncoder(
+            self.vision_config.model_type,
+            size,
+            (side, side),
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+        )
+
+    @property
+    def model_type(self):
+        """What transformers calls the kind of this captioner, such as "blip"."""
+        return self.model.config.model_type
 
     @property
     def device(self):
@@ -531,6 +543,10 @@ class PretrainedCaptioner(ABC):
             owners.append(len(words) if finished else len(words) - 1)
         last = len(words) - 1
         return words, [min(max(owner, 0), last) for owner in owners]
+
+    def check_words(self, words):
+        """Raise a UserError unless a caption of these words can be explained."""
+        self.sub_words(words)
 
     def sub_words(self, words):
         """The token ids of a caption's words; UserError if there is none, or one is not known."""

@@ -440,10 +440,23 @@ def test_the_command_explains_with_a_folder(folders, tmp_path, monkeypatch, caps
     explain_script.main()
     assert "photo.png: a doggy" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "explanations").iterdir()}
-    assert {"photo-lrp.png", "photo-weighted_relevancy.npz", "photo-methods.png"} <= written
-    maps = np.load("explanations/photo-lrp.npz")
+    stem = "photo-blip-a_doggy"
+    assert {f"{stem}-lrp.png", f"{stem}-weighted_relevancy.npz", f"{stem}-methods.png"} <= written
+    maps = np.load(f"explanations/{stem}-lrp.npz")
+    assert maps["model_type"] == "blip"
     assert maps["image_relevance"].shape == (2, 8, 8)
     assert maps["own_relevance"].shape == (2,)
+
+
+@pytest.mark.parametrize("flag", ["--caption", "--words"])
+def test_the_command_knows_which_words_a_folder_knows(folders, tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20)).save("photo.png")
+    arguments = ["photo.png", "--checkpoint", str(folders["blip"]), flag, "zebra"]
+    command(monkeypatch, explain_script, *arguments)
+    with pytest.raises(UserError, match="the word 'zebra' is not in this captioner's vocabulary"):
+        explain_script.main()
+    assert not (tmp_path / "explanations").exists()
 
 
 def test_what_is_a_captioner_of_transformers(folders, tmp_path):
