@@ -126,7 +126,7 @@ class Trainer:
         self.total_steps = self._total_steps()
         self.scheduler = build_scheduler(self.optimizer, config.schedule, self.total_steps)
         cached = bool(train_set.features)
-        step = TrainingStep(captioner, objective, cached, train_set.stage, config.bfloat16)
+        step = TrainingStep(captioner, objective, cached, config.bfloat16, train_set.stage)
         self.step = distributed.parallel(step)
         # By now the weights are the same in all processes.
         self.average = WeightAverage(captioner, config.ema_decay, config.start_share)
@@ -144,10 +144,11 @@ class Trainer:
         """What is trained, on what, and how: {what: how}, the head of a training's log."""
         config = self.config
         model = self.captioner.config
-        encoder = "frozen"
+        encoder = "trained" if config.finetune_encoder else "frozen"
+        if config.finetune_from:
+            encoder = f"trained from {config.finetune_from} on"
         rates = f"{config.decoder_lr:g}"
-        if config.finetune_encoder or config.finetune_from:
-            encoder = f"trained from {config.finetune_from or 'its first layer'} on"
+        if encoder != "frozen":
             rates += f", of the encoder {config.encoder_lr:g}"
         trained = sum(numbers_in(group) for group in self.optimizer.param_groups)
         parameters = sum(parameter.numel() for parameter in self.captioner.parameters())
@@ -371,12 +372,12 @@ class Trainer:
 class TrainingStep(nn.Module):
     """What one step computes of a batch: the region features and the objective.
 
-    cached: whether the inputs are cached features; stage: the one from which on the encoder has to
-    finish them, or None; bfloat16: compute in bfloat16 where it is safe. DistributedDataParallel
-    wraps this module.
+    cached: whether the inputs are cached features; bfloat16: compute in bfloat16 where it is safe;
+    stage: the one from which on the encoder has to finish cached features, or None.
+    DistributedDataParallel wraps this module.
     """
 
-    def __init__(self, captioner, objective, cached, stage, bfloat16):
+    def __init__(self, captioner, objective, cached, bfloat16, stage=None):
         super().__init__()
         self.captioner = captioner
         self.objective = objective

@@ -349,6 +349,7 @@ class Pictures(torch.utils.data.Dataset):
     """Seven images of noise as a CaptionDataset gives them, or rows of features."""
 
     split = "test"
+    stage = None
 
     def __init__(self, inputs, features):
         self.inputs = inputs

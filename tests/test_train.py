@@ -537,7 +537,7 @@ MISTAKES = [
     (["--dataset", "nowhere"], "is not a prepared dataset"),
     (["--resume", "README.md"], "not a checkpoint"),
     (["--device", "cuda:99"], "cannot be used on this machine"),
-    (["--output", "README.md/it.pt"], "Not a directory"),
+    (["--output", "README.md/it.pt"], "README.md is not a folder"),
     (["--cache_in_memory"], "--cache_in_memory needs cached features"),
 ]
 
