@@ -360,7 +360,8 @@ def write_result(unit, plan):
         found["metrics"] = {}
         found["captions"] = {}
         for split, records in found.pop("records").items():
-            found["metrics"][split] = metrics_of(records)
+            if split != "final":  # it is measured by --report, when all units are finished
+                found["metrics"][split] = metrics_of(records)
             found["captions"][split] = put_into(pool.setdefault(split, []), records)
         runs[path.stem] = found
     result = {

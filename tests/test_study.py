@@ -82,6 +82,7 @@ def test_a_killed_unit_goes_on_and_final_is_captioned_only_when_asked(
 
     small("--units", "gridtd-0", "--final", "--explain")
     result = json.loads(path.read_text())
+    assert all(run["metrics"].keys() == {"dev"} for run in result["runs"].values())
     for name in expected:
         assert len(study.records_of(result, name)) == 2
     explained = path.with_name("scenes-tiny-gridtd-0-explanations.json")
