@@ -67,7 +67,8 @@ class CaptionerConfig:
 class StepOutput(NamedTuple):
     """What one step of a captioner gives.
 
-    addends    tuple of (B, N, H), any number of them; their sum goes into the last layer
+    addends    tuple of (B, N, H), any number of them; their sum goes into the last layer. Where a
+               captioner gives `Captioner` an output_dim, it takes the place of H
     state      tuple of tensors (B, N, ...) for the next step
     attention  (B, N, heads, L)
     beta       (B, N), the weight of the visual sentinel, or None for a captioner without one
@@ -235,14 +236,15 @@ class Captioner(nn.Module, ABC):
     # Whether the attention scores are products of queries and keys, which AttnLRP has rules for.
     dot_product_attention = False
 
-    def __init__(self, config, vocabulary, encoder):
+    def __init__(self, config, vocabulary, encoder, output_dim=None):
+        """output_dim: how many numbers go into the last layer; None: hidden_dim."""
         super().__init__()
         self.config = config
         self.vocabulary = vocabulary
         self.encoder = encoder
         self.embedding = nn.Embedding(len(vocabulary), config.embed_dim)
         self.image_projection = nn.Linear(encoder.out_channels, config.hidden_dim)
-        self.fc = nn.Linear(config.hidden_dim, len(vocabulary))
+        self.fc = nn.Linear(output_dim or config.hidden_dim, len(vocabulary))
         self.dropout = nn.Dropout(config.dropout)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.region_dropout = nn.Dropout(config.region_dropout)

@@ -21,6 +21,7 @@ from explanation import METHODS, Explanation
 from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
 from pretrainedmodel import is_pretrained, load_pretrained
 from readers import SOURCES
+from softattentionmodel import SoftAttentionCaptioner
 from vocabulary import Vocabulary
 
 __all__ = [
@@ -32,7 +33,12 @@ __all__ = [
     "load_captioner",
 ]
 
-MODELS = {"adaptive": AdaptiveCaptioner, "gridtd": GridTDCaptioner, "aoa": AoACaptioner}
+MODELS = {
+    "adaptive": AdaptiveCaptioner,
+    "gridtd": GridTDCaptioner,
+    "aoa": AoACaptioner,
+    "soft": SoftAttentionCaptioner,
+}
 
 # What train.py adds to the name of a captioner that it fine-tunes, and the names that it gives.
 TUNING = r"-([a-z_]+_tune)(?:-form_([a-z]+))?(?:-lambda_([0-9.]+))?"

@@ -7,6 +7,7 @@ the objects in the images. Fine-tune a trained captioner by SCST, by LRP-inferen
     python train.py --dataset coco2017 --encoder vgg16 --finetune_encoder     # from the images
     python train.py --dataset flickr8k --encoder inception_v3 --model_type aoa --preset flickr8k
                                                 # the README's recipe
+    python train.py --model_type soft           # Show, Attend and Tell
     python train.py --resume checkpoints/scenes-gridtd.last.pt
                                                 # go on where it stopped, to the same end
     python train.py --cider_tune                # SCST from checkpoints/scenes-gridtd.pt, or
@@ -125,10 +126,12 @@ PRESETS = {
         "label_smoothing": 0.1,
     },
 }
-PAPER_MODELS = {  # what the authors' code sets for one captioner only
+# What the authors' code sets for one captioner only. It has no soft attention.
+PAPER_MODELS = {
     "adaptive": {"epochs": 30, "ss_prob": 0.2},
     "gridtd": {},
     "aoa": {"epochs": 50, "dropout": 0.3},
+    "soft": {},
 }
 # What fine-tuning changes. The paper's LRP-inference: 1e-6, 320 steps on Flickr30k, 500 on COCO
 # (§4.4). There is no dropout: the captions that SCST samples come from the distribution whose

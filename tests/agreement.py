@@ -20,15 +20,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import random_captioner, relative_difference  # noqa: E402
 from oracle_gradients import REFERENCES, all_word_gradients, explain_words  # noqa: E402
 from oracle_lrp import gridtd_lrp  # noqa: E402
-from oracle_models import adaptive_lrp, aoa_lrp, graph_lrp  # noqa: E402
+from oracle_models import adaptive_lrp, aoa_lrp, graph_lrp, soft_lrp  # noqa: E402
 
 from captioner import METHODS  # noqa: E402
 from explanation import explain_batch  # noqa: E402
 from images import image_transform, load_image  # noqa: E402 (the path comes first)
 
 ENCODERS = ("scenes_vgg", "vgg16", "resnet101", "squeezenet1_1", "inception_v3")
-MODELS = ("adaptive", "gridtd", "aoa")
-DECODERS = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
+DECODERS = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp, "soft": soft_lrp}
 CAPTION = [3, 7]
 
 
@@ -171,7 +170,7 @@ def main():
     image = load_image(path)
     print(f"{'captioner':10s} {'encoder':14s} {'method':17s} largest relative difference")
     for encoder in ENCODERS:
-        for model_type in MODELS:
+        for model_type in DECODERS:
             captioner = random_captioner(encoder, model_type=model_type)
             pixels = image_transform(captioner.encoder.image_size)(image).double()
             rows = {"lrp": lrp_disagreement(captioner, pixels, CAPTION)}

@@ -123,7 +123,30 @@ def aoa_logits(params, features, embeddings, heads):
     return affine(params, "fc", c + h), torch.stack(alpha)
 
 
-DECODERS = {"adaptive": adaptive_logits, "gridtd": gridtd_logits, "aoa": aoa_logits}
+def soft_logits(params, features, embeddings, heads):
+    """The captioner with soft attention.
+
+    Arguments and results are those of `adaptive_logits`.
+    """
+    mean = features.mean(0)
+    h = torch.tanh(affine(params, "initial_hidden", mean))
+    m = torch.tanh(affine(params, "initial_cell", mean))
+    keys = affine(params, "image_projection", features)
+    for embedding in embeddings:
+        query = affine(params, "attention_hidden", h)
+        alpha = torch.softmax(affine(params, "attention_score", torch.tanh(keys + query))[:, 0], 0)
+        z = torch.sigmoid(affine(params, "context_gate", h)) * (alpha @ features)
+        h, m = lstm_step(params, "lstm.{}", torch.cat([embedding, z]), h, m)
+    output = affine(params, "hidden_output", h) + affine(params, "context_output", z)
+    return affine(params, "fc", embedding + output), alpha[None]
+
+
+DECODERS = {
+    "adaptive": adaptive_logits,
+    "gridtd": gridtd_logits,
+    "aoa": aoa_logits,
+    "soft": soft_logits,
+}
 
 
 class _GuidedReLU(torch.autograd.Function):

@@ -1,10 +1,10 @@
 """The slow, obvious LRP of `oracle_lrp` for the other captioners and for branched encoders.
 
-`adaptive_lrp` and `aoa_lrp` explain words down to region features and input words as `gridtd_lrp`
-does; here that function takes a mask of real regions too. `graph_lrp` goes on to the pixels through
-chains, concatenations and residual sums (SqueezeNet, ResNet, Inception). All is float64 NumPy
-without autograd. Sizes: T words, L regions, D feature channels, E embedding, H hidden,
-V vocabulary, N heads. Use it from a test: `from oracle_models import aoa_lrp, graph_lrp`.
+`adaptive_lrp`, `aoa_lrp` and `soft_lrp` explain words down to region features and input words as
+`gridtd_lrp` does; here that function takes a mask of real regions too. `graph_lrp` goes on to the
+pixels through chains, concatenations and residual sums (SqueezeNet, ResNet, Inception). All is
+float64 NumPy without autograd. Sizes: T words, L regions, D feature channels, E embedding,
+H hidden, V vocabulary, N heads. Use it from a test: `from oracle_models import aoa_lrp, graph_lrp`.
 """
 
 import math
@@ -325,6 +325,132 @@ def aoa_lrp(params, features, tokens, targets, epsilon=0.01, *, heads, mask=None
     """
     forward = aoa_forward(params, real_regions(features, mask), tokens, heads=heads)
     R_a, R_word, scores = all_words(as_cell(params), forward, targets, aoa_word_lrp, epsilon)
+    return put_back(R_a, mask, 1), R_word, scores
+
+
+def soft_step(params, a, token, h_previous, c_previous):
+    """One step of the captioner with soft attention, from the h and c (H,) of the step before.
+
+    Returns the embedding "word" (E,), alpha (L,), beta, the weighted sum of regions "c" and the
+    context "z_t" (D,), what `lstm_step` returns, the addends "from_h" and "from_z", their sum with
+    the word "z" (all (E,)), and the logits (V,).
+    """
+    word = params["embedding.weight"][int(token)]
+    query = params["attention_hidden.weight"] @ h_previous
+    scores = np.zeros(len(a))
+    for i, a_i in enumerate(a):
+        key = affine(params, "image_projection", a_i)
+        scores[i] = params["attention_score.weight"][0] @ np.tanh(key + query)
+    alpha = softmax(scores)
+    beta = sigmoid(affine(params, "context_gate", h_previous))[0]
+    c = sum(alpha[i] * a_i for i, a_i in enumerate(a))
+    z_t = beta * c
+    cell = lstm_step(params, "lstm", np.concatenate([word, z_t]), h_previous, c_previous)
+    from_h = params["hidden_output.weight"] @ cell["h"]
+    from_z = params["context_output.weight"] @ z_t
+    z = word + from_h + from_z
+    return {
+        "word": word,
+        "alpha": alpha,
+        "beta": beta,
+        "c": c,
+        "z_t": z_t,
+        "lstm": cell,
+        "from_h": from_h,
+        "from_z": from_z,
+        "z": z,
+        "logits": affine(params, "fc", z),
+    }
+
+
+def soft_forward(params, features, tokens, *, mask=None):
+    """Teacher-forced forward of the captioner with soft attention on one image.
+
+    features (L,D); tokens: the T input ids from <start> on; mask: (L,) booleans, True = a real
+    region; None = all are. Returns of the real regions "a" (L,D), "mean" (D,), the pre-activations
+    "h_before" and "c_before" of the initial state (H,), "steps" (see `soft_step`); and stacked
+    "logits" (T,V) and "alpha" (T,L), zero at padded regions.
+    """
+    params = in_float64(params)
+    a = real_regions(features, mask)
+    mean = a.mean(axis=0)
+    h_before = affine(params, "initial_hidden", mean)
+    c_before = affine(params, "initial_cell", mean)
+    h = np.tanh(h_before)
+    c = np.tanh(c_before)
+    steps = []
+    for token in tokens:
+        steps.append(soft_step(params, a, token, h, c))
+        h = steps[-1]["lstm"]["h"]
+        c = steps[-1]["lstm"]["c"]
+    forward = {
+        "a": a,
+        "mean": mean,
+        "h_before": h_before,
+        "c_before": c_before,
+        "steps": steps,
+        **stacked(steps, "logits", "alpha"),
+    }
+    return {**forward, "alpha": put_back(forward["alpha"], mask, 1)}
+
+
+def soft_output_lrp(params, step, target, epsilon):
+    """The logit `target` of one step -> R(word) (E,), R(h) (H,) and R(z_t) (D,)."""
+    logits = step["logits"]
+    R_logits = np.where(np.arange(len(logits)) == target, logits, 0)
+    R_z = linear(R_logits, step["z"], params["fc.weight"], logits, epsilon)
+    R_word = share(R_z, step["word"], step["z"], epsilon)
+    R_from_h = share(R_z, step["from_h"], step["z"], epsilon)
+    R_from_z = share(R_z, step["from_z"], step["z"], epsilon)
+    h = step["lstm"]["h"]
+    R_h = linear(R_from_h, h, params["hidden_output.weight"], step["from_h"], epsilon)
+    R_z_t = linear(R_from_z, step["z_t"], params["context_output.weight"], step["from_z"], epsilon)
+    return R_word, R_h, R_z_t
+
+
+def soft_start_lrp(params, forward, R_h, R_c, epsilon):
+    """R of the initial h and c (H,) -> R(a) (L,D); both tanh pass, and the regions share a mean."""
+    mean = forward["mean"]
+    R_mean = linear(R_h, mean, params["initial_hidden.weight"], forward["h_before"], epsilon)
+    R_mean = R_mean + linear(R_c, mean, params["initial_cell.weight"], forward["c_before"], epsilon)
+    a = forward["a"]
+    return np.stack([share(R_mean, a_i / len(a), mean, epsilon) for a_i in a])
+
+
+def soft_word_lrp(params, forward, last, target, epsilon):
+    """Logit `target` of step `last` -> R(a) (L,D), R(words) (last+1,).
+
+    The attention's scores and beta get nothing.
+    """
+    E = params["embedding.weight"].shape[1]
+    a = forward["a"]
+    R_a = np.zeros_like(a)
+    R_words = np.zeros(last + 1)
+    R_word, R_h, R_z_t = soft_output_lrp(params, forward["steps"][last], target, epsilon)
+    R_words[last] = R_word.sum()
+    R_c = np.zeros_like(R_h)
+    for t in range(last, -1, -1):
+        step = forward["steps"][t]
+        # R(h) goes to its cell in full and is added there.
+        R_x, R_h, R_c = lstm_lrp(params, "lstm", step["lstm"], R_c + R_h, epsilon)
+        R_words[t] += R_x[:E].sum()
+        R_z_t = R_z_t + R_x[E:]
+        # z_t = beta * c hands its relevance to c in full.
+        for i, a_i in enumerate(a):
+            R_a[i] += share(R_z_t, step["alpha"][i] * a_i, step["c"], epsilon)
+        R_z_t = 0  # an earlier context reaches the logit through the LSTM only
+    return R_a + soft_start_lrp(params, forward, R_h, R_c, epsilon), R_words
+
+
+def soft_lrp(params, features, tokens, targets, epsilon=0.01, *, mask=None):
+    """LRP of the logits `targets` (T ids) of the captioner with soft attention.
+
+    There is one logit for each of the T input ids `tokens`. features (L,D); mask: (L,) booleans,
+    True = a real region. Returns, as `gridtd_lrp`, feature_relevance (T,L,D), word_relevance (T,T)
+    and scores (T,).
+    """
+    forward = soft_forward(params, real_regions(features, mask), tokens)
+    R_a, R_word, scores = all_words(in_float64(params), forward, targets, soft_word_lrp, epsilon)
     return put_back(R_a, mask, 1), R_word, scores
 
 

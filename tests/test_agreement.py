@@ -10,7 +10,7 @@ from images import image_transform, load_image
 
 SIZES = {"vgg16": 48, "resnet101": 64, "inception_v3": 107}  # smaller than life, for speed
 PAIRS = [("gridtd", encoder) for encoder in ENCODERS]
-PAIRS += [("adaptive", "squeezenet1_1"), ("aoa", "squeezenet1_1")]
+PAIRS += [(model_type, "squeezenet1_1") for model_type in ("adaptive", "aoa", "soft")]
 
 
 @pytest.mark.parametrize("model_type, encoder", PAIRS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fixtures import prepared_scenes
 from helpers import random_captioner, relative_difference
-from oracle_models import adaptive_lrp, aoa_lrp, gridtd_lrp
+from oracle_models import adaptive_lrp, aoa_lrp, gridtd_lrp, soft_lrp
 from PIL import Image
 
 import explain
@@ -23,7 +23,7 @@ from encoder import build_encoder
 from explanation import methods_of
 from plots import paint_boxes
 
-ORACLES = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp}
+ORACLES = {"adaptive": adaptive_lrp, "gridtd": gridtd_lrp, "aoa": aoa_lrp, "soft": soft_lrp}
 
 
 def write_regions(path, count, size=128, seed=0):

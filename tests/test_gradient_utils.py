@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from captioner import METHODS
 from explanation import explain_batch
 
-MODELS = ("adaptive", "gridtd", "aoa")
+MODELS = ("adaptive", "gridtd", "aoa", "soft")
 HEADS = 4
 # Only the multi-head captioner has attention scores that AttnLRP has rules for.
 PAIRS = [
@@ -108,6 +108,7 @@ def test_the_oracle_has_the_decoder_of_the_numpy_oracle(model_type):
         "adaptive": oracle_models.adaptive_forward,
         "gridtd": oracle_lrp.gridtd_forward,
         "aoa": functools.partial(oracle_models.aoa_forward, heads=HEADS),
+        "soft": oracle_models.soft_forward,
     }[model_type](params, features, inputs)
     for t, (word, target) in enumerate(zip(truth(model_type)[0], CAPTIONS[0])):
         assert float(word["score"]) == pytest.approx(forward["logits"][t, target], rel=1e-10)

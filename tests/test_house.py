@@ -16,7 +16,7 @@ FLOORS = [
     ["encoder", "lrp_utils", "gradient_utils", "relevancy_utils"],
     ["decoding", "explanation"],
     ["basemodel"],
-    ["gridTDmodel", "aoamodel", "pretrainedmodel"],
+    ["gridTDmodel", "aoamodel", "softattentionmodel", "pretrainedmodel"],
     ["captioner"],
     ["captionmetrics", "objectives"],
     ["plots"],

@@ -333,6 +333,6 @@ def test_attnlrp_is_a_method_of_the_multi_head_captioner_only():
     through = captioner.explain(image, caption, "attnlrp")[0]
     assert torch.equal(plain.scores, through.scores)
     assert relative_difference(through.region_relevance, plain.region_relevance) > 1e-3
-    for model_type in ("gridtd", "adaptive"):
+    for model_type in ("gridtd", "adaptive", "soft"):
         with pytest.raises(UserError, match="only LRP of the multi-head captioner"):
             random_captioner(model_type=model_type).explain(image, caption, "attnlrp")

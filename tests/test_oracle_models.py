@@ -18,6 +18,8 @@ from oracle_models import (
     graph_lrp,
     gridtd_forward,
     gridtd_lrp,
+    soft_forward,
+    soft_lrp,
 )
 from small_networks import (
     TARGETS,
@@ -78,10 +80,31 @@ def aoa(biases=True, seed=0):
     return modules, torch.rand(L, D, dtype=torch.float64)
 
 
+def soft(biases=True, seed=0):
+    """A small random captioner with soft attention and the features (L,D) of one image."""
+    torch.manual_seed(seed)
+    modules = {
+        "embedding": nn.Embedding(V, E),
+        "image_projection": nn.Linear(D, H),
+        "initial_hidden": nn.Linear(D, H),
+        "initial_cell": nn.Linear(D, H),
+        "lstm": nn.LSTMCell(E + D, H),
+        "attention_hidden": nn.Linear(H, H, bias=False),
+        "attention_score": nn.Linear(H, 1, bias=False),
+        "context_gate": nn.Linear(H, 1),
+        "hidden_output": nn.Linear(H, E, bias=False),
+        "context_output": nn.Linear(D, E, bias=False),
+        "fc": nn.Linear(E, V),
+    }
+    modules = scaled(modules, biases)
+    return modules, torch.rand(L, D, dtype=torch.float64)
+
+
 MODELS = {
     "adaptive": (adaptive, adaptive_forward, adaptive_lrp),
     "aoa": (aoa, functools.partial(aoa_forward, heads=N), functools.partial(aoa_lrp, heads=N)),
     "gridtd": (grid_td, gridtd_forward, gridtd_lrp),
+    "soft": (soft, soft_forward, soft_lrp),
 }
 
 
@@ -131,6 +154,32 @@ def torch_aoa(modules, features, tokens):
     return modules["fc"](c + h), alpha.transpose(0, 1)
 
 
+def torch_soft(modules, features, tokens):
+    """The captioner with soft attention in PyTorch's own words: logits (T,V), alpha (T,L)."""
+    mean = features.mean(0, keepdim=True)
+    h = modules["initial_hidden"](mean).tanh()
+    c = modules["initial_cell"](mean).tanh()
+    rows = []
+    for token in tokens:
+        word = modules["embedding"](torch.tensor([token]))
+        keys = modules["image_projection"](features)
+        scores = modules["attention_score"]((keys + modules["attention_hidden"](h)).tanh())
+        alpha = scores.softmax(0)  # (L, 1)
+        z = modules["context_gate"](h).sigmoid() * (alpha * features).sum(0)
+        h, c = modules["lstm"](torch.cat([word, z], 1), (h, c))
+        deep = word + modules["hidden_output"](h) + modules["context_output"](z)
+        rows.append((modules["fc"](deep)[0], alpha[:, 0]))
+    return [torch.stack(column) for column in zip(*rows)]
+
+
+def test_soft_forward_agrees_with_torch():
+    modules, features = soft()
+    forward = soft_forward(modules.state_dict(), features, TOKENS)
+    logits, alpha = torch_soft(modules, features, TOKENS)
+    np.testing.assert_allclose(forward["logits"], logits, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(forward["alpha"], alpha, rtol=1e-12, atol=1e-12)
+
+
 def test_adaptive_forward_agrees_with_torch():
     modules, features = adaptive()
     forward = adaptive_forward(modules.state_dict(), features, TOKENS)
@@ -150,7 +199,7 @@ def test_aoa_forward_agrees_with_torch():
         aoa_forward(modules.state_dict(), features, TOKENS, heads=3)
 
 
-@pytest.mark.parametrize("model", ["adaptive", "aoa"])
+@pytest.mark.parametrize("model", ["adaptive", "aoa", "soft"])
 def test_without_epsilon_and_biases_all_relevance_arrives(model):
     build, forward, explain = MODELS[model]
     modules, features = build(biases=False)
@@ -215,21 +264,44 @@ def frozen_aoa(params, forward, last, target, a, words, epsilon):
     return frozen_logit(params, step, c, h, target, epsilon)
 
 
-@pytest.mark.parametrize("model, frozen", [("adaptive", frozen_adaptive), ("aoa", frozen_aoa)])
+def frozen_tanh(params, name, z, x, epsilon):
+    """The linear map `name` and its tanh, frozen where it gave z: linear in x."""
+    return np.tanh(z) / z * (params[f"{name}.weight"] @ x) * kept(z, epsilon)
+
+
+def frozen_soft(params, forward, last, target, a, words, epsilon):
+    """The same of the captioner with soft attention."""
+    mean = a.mean(0) * kept(forward["mean"], epsilon)
+    h = frozen_tanh(params, "initial_hidden", forward["h_before"], mean, epsilon)
+    c = frozen_tanh(params, "initial_cell", forward["c_before"], mean, epsilon)
+    for step, word in zip(forward["steps"][: last + 1], words):
+        z_t = step["beta"] * (step["alpha"] @ a) * kept(step["c"], epsilon)
+        x = np.concatenate([word, z_t])
+        h, c = frozen_cell(params, "lstm", step["lstm"], x, h, c, epsilon)
+    from_h = params["hidden_output.weight"] @ h * kept(step["from_h"], epsilon)
+    from_z = params["context_output.weight"] @ z_t * kept(step["from_z"], epsilon)
+    return frozen_logit(params, step, word, from_h + from_z, target, epsilon)
+
+
+FROZEN = {"adaptive": frozen_adaptive, "aoa": frozen_aoa, "soft": frozen_soft}
+
+
+@pytest.mark.parametrize("model", FROZEN)
 @pytest.mark.parametrize("epsilon", [0.01, 0.3])
-def test_each_input_gets_its_share_of_the_frozen_logit(model, frozen, epsilon):
+def test_each_input_gets_its_share_of_the_frozen_logit(model, epsilon):
     """LRP's other reading, run forwards.
 
     The relevance of an input is what remains of the frozen logit when all other inputs are zero.
     """
     build, forward, explain = MODELS[model]
+    frozen = FROZEN[model]
     modules, features = build()
     params = as_cell(modules.state_dict())
     features = features.numpy()
     values = forward(modules.state_dict(), features, TOKENS)
-    # Both sides of the ReLU are tested.
-    assert (values["v"] == 0).any()
-    assert (values["v"] > 0).any()
+    if model != "soft":  # which has no ReLU; of the others both sides are tested
+        assert (values["v"] == 0).any()
+        assert (values["v"] > 0).any()
     feature_relevance, word_relevance, _ = explain(
         modules.state_dict(), features, TOKENS, TARGETS, epsilon
     )

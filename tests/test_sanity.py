@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from helpers import random_captioner  # noqa: E402 (the path comes first)
 
-from captioner import METHODS, load_captioner  # noqa: E402
+from captioner import METHODS, MODELS, load_captioner  # noqa: E402
 from images import image_transform, load_image  # noqa: E402
 
 # From the words to the pixels.
@@ -99,7 +99,7 @@ def test_explaining_again_and_again_takes_no_more_memory_and_gives_the_same():
     assert torch.equal(first.image_relevance, last.image_relevance)
 
 
-@pytest.mark.parametrize("model_type", ("adaptive", "gridtd", "aoa"))
+@pytest.mark.parametrize("model_type", MODELS)
 def test_relevance_of_permuted_regions_is_permuted(model_type):
     captioner = random_captioner(model_type=model_type)
     features = torch.rand(1, 9, 256, dtype=torch.float64)

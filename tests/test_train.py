@@ -523,14 +523,17 @@ def test_a_captioner_with_an_encoder_of_its_own_is_tuned_on_images(
     assert (tmp_path / "it-cider_tune.pt").exists()
 
 
-@pytest.mark.parametrize("model_type", ["adaptive", "aoa"])
+@pytest.mark.parametrize("model_type", ["adaptive", "aoa", "soft"])
 def test_the_other_captioners_train_too(folder, tmp_path, monkeypatch, model_type):
     output = tmp_path / "it.pt"
     flags = ["--epochs", 2, *NO_PRETRAINING, "--ss_prob", 0.3, "--output", output]
     run(monkeypatch, "--dataset", folder, *SMALL, "--model_type", model_type, *flags)
     rows = rows_of(output)
     assert rows[1]["loss"] < rows[0]["loss"]
-    assert load_captioner(output).config.model_type == model_type
+    captioner = load_captioner(output)
+    assert captioner.config.model_type == model_type
+    (explanation,) = captioner.explain(torch.randn(1, 3, 128, 128), [["a", "the"]])
+    assert explanation.image_relevance.any(-1).any(-1).all()
 
 
 MISTAKES = [
