@@ -235,6 +235,8 @@ class Captioner(nn.Module, ABC):
     methods = explanation.METHODS  # {name: Method} of explaining it
     # Whether the attention scores are products of queries and keys, which AttnLRP has rules for.
     dot_product_attention = False
+    # The weight of `objectives.doubly_stochastic_loss` in training by cross-entropy.
+    attention_penalty = 0.0
 
     def __init__(self, config, vocabulary, encoder, output_dim=None):
         """output_dim: how many numbers go into the last layer; None: hidden_dim."""
@@ -336,15 +338,23 @@ class Captioner(nn.Module, ABC):
     def forward(self, features, inputs, ss_prob=0.0, last_layer=None, lengths=None):
         """features (B, L, D), inputs (B, N, T) token ids -> logits (B, N, T, V) of the next words.
 
+        last_layer: a function to call instead of the method of that name; the rest is as of
+        `teacher_forced`.
+        """
+        addends = self.teacher_forced(features, inputs, ss_prob, lengths).addends
+        return (last_layer or self.last_layer)(addends)
+
+    def teacher_forced(self, features, inputs, ss_prob=0.0, lengths=None):
+        """features (B, L, D), inputs (B, N, T) token ids -> the Unrolled of all steps.
+
         ss_prob: probability that an input is replaced by the captioner's own last prediction;
-        last_layer: a function to call instead of the method of that name; lengths: see `unroll`.
+        lengths: see `unroll`.
         """
         memory = self.image_memory(self.region_dropout(features))
         if ss_prob:
             inputs = self._scheduled_inputs(memory, inputs, ss_prob)
         embeddings = self.embed_dropout(self.embedding(inputs))
-        addends = self.unroll(embeddings, memory, lengths=lengths).addends
-        return (last_layer or self.last_layer)(addends)
+        return self.unroll(embeddings, memory, lengths=lengths)
 
     @torch.no_grad()
     def _scheduled_inputs(self, memory, inputs, ss_prob):

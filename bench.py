@@ -278,7 +278,8 @@ def coco_step(model_type, config, device):
     captioner, _ = random_captioner(device, encoder="vgg16", model_type=model_type)
     captioner.encoder.requires_grad_(False)
     optimizer = build_optimizer(captioner.train(), config)
-    step = TrainingStep(captioner, CrossEntropy(captioner), True, config.bfloat16)
+    objective = CrossEntropy(captioner, attention_penalty=captioner.attention_penalty)
+    step = TrainingStep(captioner, objective, True, config.bfloat16)
 
     def train_step(inputs, captions, indices):
         loss, _ = step(inputs.to(device, non_blocking=True), captions, indices)

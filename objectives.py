@@ -56,11 +56,16 @@ def build_objective(mode, captioner, references, config):
     """The objective of a mode: CROSS_ENTROPY or one of TUNING_MODES.
 
     references: for each training image its raw captions, from which SCST's reward is made.
-    LRP-inference with lambda 1 is cross-entropy, its baseline.
+    LRP-inference with lambda 1 is cross-entropy, its baseline. As LRP-inference itself, this has no
+    doubly stochastic loss, which belongs to the first training.
     """
     if mode == CROSS_ENTROPY or (mode == "lrp_tune" and config.lrp_lambda == 1):
         return CrossEntropy(
-            captioner, config.captions_per_image, config.ss_prob, config.label_smoothing
+            captioner,
+            config.captions_per_image,
+            config.ss_prob,
+            config.label_smoothing,
+            captioner.attention_penalty if mode == CROSS_ENTROPY else 0.0,
         )
     if mode == "lrp_tune" and config.lrp_form == "image":
         return ImageLRPInference(captioner, config.captions_per_image, config.lrp_lambda)
@@ -103,6 +108,7 @@ class TeacherForcing:
     """The inputs of a batch on a device, and the positions whose targets count.
 
     inputs      (B, N, T) token ids, on the device
+    counted     (B, N, T) whether a position counts, on the device
     lengths     (B, N) the inputs of each caption that count, on the CPU
     rows        (M,) where the M positions that count lie among all B*N*T, on the device
     target_ids  (M,) the tokens to be said there, on the device
@@ -115,6 +121,7 @@ class TeacherForcing:
         rows = mask.flatten().nonzero().flatten()
         self.lengths = mask.sum(-1).cpu()
         self.inputs = inputs.to(device, non_blocking=True)
+        self.counted = mask.to(device, non_blocking=True)
         self.rows = rows.to(device, non_blocking=True)
         self.target_ids = targets[mask].to(device, non_blocking=True)
 
@@ -123,22 +130,47 @@ class TeacherForcing:
         return values.flatten(0, -2)[self.rows]
 
     def pick_all(self, addends):
-        """As `pick`, of every addend; it takes the place of a captioner's last layer."""
+        """As `pick`, of every addend."""
         return [self.pick(addend) for addend in addends]
+
+
+def doubly_stochastic_loss(attention, counted, regions=None):
+    """The sum over captions and regions i of (1 - sum_t alpha_ti)^2, () (Xu et al. 2015, eq. 14).
+
+    It is least where a caption has looked at each region alike.
+
+    attention: (B, N, T, heads, L), of which the mean over heads counts; counted: bool (B, N, T),
+    the steps that count; regions: bool (B, L), those that are no padding, or None if all are.
+    """
+    weights = precise(attention).mean(dim=3) * counted.unsqueeze(-1)
+    missing = 1 - weights.sum(dim=2)  # (B, N, L)
+    if regions is not None:
+        missing = missing * regions.unsqueeze(1)
+    return missing.square().sum()
 
 
 class CrossEntropy:
     """The cross-entropy of given captions.
 
     captions_per_image: how many of an image's five captions a step draws; ss_prob: the probability
-    of scheduled sampling; label_smoothing: how much of the target's probability goes to all words.
+    of scheduled sampling; label_smoothing: how much of the target's probability goes to all words;
+    attention_penalty: the weight of `doubly_stochastic_loss`. That is divided by the number of
+    words, as the cross-entropy is, so both keep the proportion that they have in a caption's loss.
     """
 
-    def __init__(self, captioner, captions_per_image=5, ss_prob=0.0, label_smoothing=0.0):
+    def __init__(
+        self,
+        captioner,
+        captions_per_image=5,
+        ss_prob=0.0,
+        label_smoothing=0.0,
+        attention_penalty=0.0,
+    ):
         self.captioner = captioner
         self.captions_per_image = captions_per_image
         self.ss_prob = ss_prob
         self.label_smoothing = label_smoothing
+        self.attention_penalty = attention_penalty
         self.pad = captioner.vocabulary.pad
 
     def __call__(self, images, features, captions, indices):
@@ -154,14 +186,21 @@ class CrossEntropy:
         """The loss () of teacher forcing and the figures of the step.
 
         features: float (B, L, D); inputs and targets: long (B, N, T), on any device, targets
-        padded; images: needed by the image form of LRP-inference only.
+        padded; images: needed by the image form of LRP-inference only. With an attention_penalty
+        the figure "attention_loss" says how much of the loss that is.
         """
         batch = TeacherForcing(inputs, targets, self.pad, self.captioner.device)
-        addends = self.captioner(
-            features, batch.inputs, self.ss_prob, batch.pick_all, batch.lengths
+        unrolled = self.captioner.teacher_forced(
+            features, batch.inputs, self.ss_prob, batch.lengths
         )
-        losses = self.losses(addends, batch.target_ids)
-        return losses.mean(), {"words": len(batch.target_ids)}
+        losses = self.losses(batch.pick_all(unrolled.addends), batch.target_ids)
+        words = len(batch.target_ids)
+        if not self.attention_penalty:
+            return losses.mean(), {"words": words}
+        regions = self.captioner.encoder.region_mask(features)
+        unevenness = doubly_stochastic_loss(unrolled.attention, batch.counted, regions)
+        penalty = self.attention_penalty * unevenness / words
+        return losses.mean() + penalty, {"words": words, "attention_loss": penalty.detach()}
 
     def losses(self, addends, target_ids):
         """Cross-entropy (M,) in nats of the targets (M,), from the last layer's addends (M, H)."""
@@ -326,9 +365,7 @@ class ImageLRPInference(LRPInference):
         batch = TeacherForcing(inputs, targets, self.pad, self.captioner.device)
         logits = precise(self.captioner(features, batch.inputs, lengths=batch.lengths))
         scores, predicted = logits.max(dim=-1)  # (B, N, T)
-        counted = torch.zeros(predicted.numel(), dtype=torch.bool, device=predicted.device)
-        counted = counted.index_fill(0, batch.rows, True).view_as(predicted)
-        wanted = counted & ~self.quiet[predicted]
+        wanted = batch.counted & ~self.quiet[predicted]
         factors = self.image_factors(images.to(features.device), batch.inputs, predicted, wanted)
         inferred = logits.scatter(-1, predicted.unsqueeze(-1), (scores * factors).unsqueeze(-1))
         plain_losses = self._picked_losses(logits, batch)
@@ -453,9 +490,8 @@ class SCST:
         targets = padded(flat).unflatten(0, (-1, self.samples))  # (B, S, T)
         inputs = F.pad(targets[..., :-1], (1, 0), value=vocabulary.start)
         batch = TeacherForcing(inputs, targets, vocabulary.pad, features.device)
-        addends = self.captioner(
-            features, batch.inputs, last_layer=batch.pick_all, lengths=batch.lengths
-        )
+        unrolled = self.captioner.teacher_forced(features, batch.inputs, lengths=batch.lengths)
+        addends = batch.pick_all(unrolled.addends)
         last_layer = self.inference.last_layer if self.inference else self.captioner.last_layer
         logits = precise(last_layer(addends)) + self.captioner.silence
         advantages = advantages.unsqueeze(-1).expand(targets.shape).unsqueeze(-1)

@@ -27,6 +27,8 @@ class SoftAttentionCaptioner(Captioner):
     `image_projection` is the regions' part of the attention's scores, and `fc` is L_o.
     """
 
+    attention_penalty = 1.0  # lambda of eq. 14
+
     def __init__(self, config, vocabulary, encoder):
         embed = config.embed_dim
         hidden = config.hidden_dim

@@ -23,6 +23,9 @@ from objectives import (
     CrossEntropy,
     ImageLRPInference,
     LRPInference,
+    ObjectiveConfig,
+    build_objective,
+    doubly_stochastic_loss,
     magnitude_weights,
     quiet_words,
     random_weights,
@@ -341,6 +344,63 @@ def test_cross_entropy_is_the_mean_over_words_that_are_not_padding(setting):
     torch.testing.assert_close(loss, expected)
     assert figures["words"] == len(losses)
     assert_same_gradients(captioner, loss, expected, 1e-12)
+
+
+def test_doubly_stochastic_loss_by_hand():
+    """Two steps count of three; the two heads' mean counts; the last region is padding."""
+    heads = [[[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]] * 2, [[0.0, 1.0, 0.0]] * 2]
+    attention = torch.tensor(heads, dtype=torch.float64).expand(1, 1, 3, 2, 3)
+    counted = torch.tensor([[[True, True, False]]])
+    regions = torch.tensor([[True, True, False]])
+    # The regions are looked at 0.25 + 1 and 0.75 + 0 times.
+    found = doubly_stochastic_loss(attention, counted, regions)
+    assert found.item() == pytest.approx(0.25**2 + 0.25**2)
+    assert doubly_stochastic_loss(attention, counted).item() == pytest.approx(0.125 + 1)
+
+
+def test_cross_entropy_with_the_doubly_stochastic_loss(setting):
+    """The captions are of different lengths, so what follows their ends must not count."""
+    captioner, features, inputs, targets = setting
+    targets[0, 1, 2:] = 0
+    targets[2, 1, 4:] = 0
+    objective = CrossEntropy(captioner, attention_penalty=0.7)
+    loss, figures = objective.loss(features, inputs, targets)
+    plain, _ = CrossEntropy(captioner).loss(features, inputs, targets)
+    memory = captioner.image_memory(features)
+    attention = captioner.unroll(captioner.embedding(inputs), memory).attention.mean(3)
+    penalty = 0
+    for image in range(3):
+        for caption in range(2):
+            length = int((targets[image, caption] != 0).sum())
+            for region in range(9):
+                total = attention[image, caption, :length, region].sum()
+                penalty = penalty + (1 - total) ** 2
+    penalty = 0.7 * penalty / (targets != 0).sum()
+    torch.testing.assert_close(loss, plain + penalty)
+    torch.testing.assert_close(figures["attention_loss"], penalty.detach())
+    assert not figures["attention_loss"].requires_grad
+    assert_same_gradients(captioner, loss, plain + penalty, 1e-12)
+
+
+def test_padded_regions_have_no_part_in_the_doubly_stochastic_loss():
+    captioner = random_captioner("bottom_up", model_type="soft")
+    features = torch.rand(2, 5, 2048, dtype=torch.float64)
+    padded = torch.nn.functional.pad(features, (0, 0, 0, 3))
+    captions = torch.tensor([[[3, 7, 9]], [[4, 5, 0]]])
+    objective = CrossEntropy(captioner, attention_penalty=1.0)
+    losses = [objective.loss(x, captions, captions)[0] for x in (features, padded)]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_only_cross_entropy_of_soft_attention_is_doubly_stochastic(model_type):
+    """And not the cross-entropy that LRP-inference is compared with."""
+    captioner = random_captioner(words=20, model_type=model_type)
+    trained = build_objective("cross_entropy", captioner, [], ObjectiveConfig())
+    assert trained.attention_penalty == (1.0 if model_type == "soft" else 0.0)
+    for weight in (0.5, 1.0):
+        tuned = build_objective("lrp_tune", captioner, [], ObjectiveConfig(lrp_lambda=weight))
+        assert tuned.attention_penalty == 0
 
 
 def test_a_call_is_the_loss_of_captions_that_it_draws(setting):

@@ -530,6 +530,7 @@ def test_the_other_captioners_train_too(folder, tmp_path, monkeypatch, model_typ
     run(monkeypatch, "--dataset", folder, *SMALL, "--model_type", model_type, *flags)
     rows = rows_of(output)
     assert rows[1]["loss"] < rows[0]["loss"]
+    assert ("attention_loss" in rows[0]) == (model_type == "soft")
     captioner = load_captioner(output)
     assert captioner.config.model_type == model_type
     (explanation,) = captioner.explain(torch.randn(1, 3, 128, 128), [["a", "the"]])
