@@ -382,6 +382,21 @@ def test_cross_entropy_with_the_doubly_stochastic_loss(setting):
     assert_same_gradients(captioner, loss, plain + penalty, 1e-12)
 
 
+def test_the_doubly_stochastic_loss_of_a_batch_is_that_of_its_parts_by_words(setting):
+    """As several processes divide a batch among them."""
+    captioner, features, inputs, targets = setting
+    targets[1, 0, 2:] = 0
+    targets[1, 1, 1:] = 0
+    objective = CrossEntropy(captioner, attention_penalty=1.0)
+    whole, figures = objective.loss(features, inputs, targets)
+    total = 0
+    for part in (slice(0, 1), slice(1, 3)):
+        loss, of_part = objective.loss(features[part], inputs[part], targets[part])
+        total = total + loss * of_part["words"] / figures["words"]
+    torch.testing.assert_close(whole, total)
+    assert_same_gradients(captioner, whole, total, 1e-10)
+
+
 def test_padded_regions_have_no_part_in_the_doubly_stochastic_loss():
     captioner = random_captioner("bottom_up", model_type="soft")
     features = torch.rand(2, 5, 2048, dtype=torch.float64)
