@@ -9,6 +9,7 @@ from oracle_lrp import encoder_lrp, gridtd_forward, gridtd_lrp
 from torch import nn
 from torch.nn import functional as F
 
+from captioner import MODELS
 from commandline import UserError
 from explanation import Method, explain_batch
 from gradient_utils import input_x_gradient
@@ -77,8 +78,9 @@ def test_float32_equals_the_float64_oracle_to_1e_5():
     assert relative_difference(ours.region_relevance, regions.sum(-1)) < 1e-5
 
 
-def test_without_biases_and_epsilon_relevance_is_conserved():
-    captioner = random_captioner()
+@pytest.mark.parametrize("model_type", MODELS)
+def test_without_biases_and_epsilon_relevance_is_conserved(model_type):
+    captioner = random_captioner(model_type=model_type)
     for name, parameter in captioner.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
