@@ -19,6 +19,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import train
 from captiondata import CaptionDataset, dataset_folder, open_split
@@ -210,9 +211,10 @@ def rates_of(arm, unit, plan):
 
 
 def chosen_rate(arm, captioner, plan):
-    """The learning rate of an arm with the best dev score in the captioner's unit of seed 0.
+    """The learning rate at which all arms of a captioner are compared.
 
-    Of equal scores the lower rate wins. UserError if that unit is not finished.
+    It is the one with the best mean dev score of all arms but SCST's in the captioner's unit of
+    seed 0, and the lower one of equals. UserError if that unit is not finished, or lacks the arm.
     """
     if arm in SCST_ARMS:
         return SCST_RATE
@@ -221,12 +223,13 @@ def chosen_rate(arm, captioner, plan):
     if not path.exists():
         raise UserError(f"run unit {first} first: it chooses the learning rates")
     runs = read_json(path)["runs"]
-    scores = {}
+    scores = dict.fromkeys(RATES, 0.0)
     for rate in RATES:
-        name = Training(arm, rate).name
-        if name not in runs:
-            raise UserError(f"unit {first} has no {name} yet: run it with --arms {arm}")
-        scores[rate] = runs[name]["metrics"]["dev"][CRITERION]
+        if Training(arm, rate).name not in runs:
+            raise UserError(f"unit {first} has no {arm}@{rate} yet: run it with --arms {arm}")
+        own = [run for run in runs.values() if run.get("rate") == rate]
+        compared = [run for run in own if run["arm"] not in SCST_ARMS]
+        scores[rate] = mean(run["metrics"]["dev"][CRITERION] for run in compared)
     return max(RATES, key=scores.get)  # the first of equals
 
 
@@ -410,10 +413,10 @@ def metrics_of(records):
 
 
 def caption_final(unit, plan):
-    """Caption the final split by the runs of a finished unit that are compared, once each."""
+    """Caption the final split by all runs of a finished unit, once each."""
     if not plan.result(unit).exists():
         raise UserError(f"unit {unit} is not finished; run it without --final first")
-    for name in sorted(set(compared_runs(unit, plan).values())):
+    for name in sorted(read_json(plan.result(unit))["runs"]):
         path = plan.work(unit) / f"{name}.json"
         found = read_json(path)
         if "final" not in found["records"]:

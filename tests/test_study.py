@@ -115,20 +115,22 @@ def plan(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "WORK", tmp_path / "work")
     plan = Plan(tmp_path / "data", False, ["continued", "lrp", "scst"])
     runs = {"cross_entropy": {}}
-    for arm, scores in {"continued": (3, 5, 4), "lrp": (7, 7, 6)}.items():
+    for arm, scores in {"continued": (3, 5, 4), "lrp": (8, 7, 8)}.items():
         for rate, score in zip(study.RATES, scores):
-            runs[f"{arm}@{rate}"] = {"metrics": {"dev": {study.CRITERION: score}}}
+            metrics = {"dev": {study.CRITERION: score}}
+            runs[f"{arm}@{rate}"] = {"arm": arm, "rate": rate, "metrics": metrics}
+    runs["scst@1e-4"] = {"arm": "scst", "rate": "1e-4", "metrics": {"dev": {study.CRITERION: 99}}}
     plan.result(Unit("gridtd", 0)).parent.mkdir()
     plan.result(Unit("gridtd", 0)).write_text(json.dumps({"runs": runs}))
     return plan
 
 
-def test_each_arm_has_its_own_rate_and_the_papers_is_always_run(plan):
-    assert study.chosen_rate("continued", "gridtd", plan) == "1e-5"
-    assert study.chosen_rate("lrp", "gridtd", plan) == "1e-6"  # the lower one of equals
+def test_all_arms_have_one_rate_and_the_papers_is_always_run(plan):
+    for arm in ("continued", "lrp"):
+        assert study.chosen_rate(arm, "gridtd", plan) == "1e-5"  # the lower one of equals
     names = [training.name for training in study.trainings_of(Unit("gridtd", 1), plan)]
-    expected = ["cross_entropy", "continued@1e-6", "continued@1e-5", "lrp@1e-6", "scst@1e-4"]
-    assert names == expected
+    tuned = ["continued@1e-6", "continued@1e-5", "lrp@1e-6", "lrp@1e-5"]
+    assert names == ["cross_entropy", *tuned, "scst@1e-4"]
     first = [training.name for training in study.trainings_of(Unit("gridtd", 0), plan)]
     assert first[1:4] == [f"continued@{rate}" for rate in study.RATES]
     with pytest.raises(UserError, match="run unit aoa-0 first"):
@@ -140,9 +142,10 @@ def test_the_compared_runs_are_those_of_the_chosen_rates(plan):
         "cross_entropy": "cross_entropy",
         "continued": "continued@1e-5",
         "continued 1e-6": "continued@1e-6",
-        "lrp": "lrp@1e-6",
+        "lrp": "lrp@1e-5",
         "lrp 1e-6": "lrp@1e-6",
-    }  # scst is not finished
+        "scst": "scst@1e-4",
+    }
 
 
 def test_a_unit_without_its_checkpoints_or_of_other_settings_is_refused(plan):
