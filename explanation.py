@@ -30,6 +30,11 @@ from vocabulary import padded
 
 # Values of relevance maps that are propagated at once (20 maps of 224x224); bounds the memory.
 PIXELS_PER_PASS = 1_000_000
+# What the values of a method's image maps are: they speak for a word and against it; their sign
+# says nothing, only their size does; or none is below zero.
+SIGNED = "signed"
+SIZE = "size"
+NON_NEGATIVE = "non-negative"
 
 
 def needs_any_captioner(captioner):
@@ -47,6 +52,9 @@ class Method:
     pixels     whether the gradient has to go through the encoder
     leaves     names of further inner values of the captioner (`Rules.leaf`) to get gradients of
     check      a function of a captioner that raises a UserError if the method is not for it
+    kind       SIGNED, SIZE or NON_NEGATIVE: how the image maps are to be read
+    additive   whether relevance is a share of the score, so that its sums over the image and over
+               the preceding words can be compared
     """
 
     rules: Callable
@@ -55,6 +63,8 @@ class Method:
     pixels: bool = True
     leaves: tuple = ()
     check: Callable = needs_any_captioner
+    kind: str = SIGNED
+    additive: bool = False
 
 
 def needs_pixels(captioner):
@@ -80,16 +90,22 @@ def needs_dot_product_attention(captioner):
 
 
 METHODS = {
-    "lrp": Method(LRP, AlphaOneBetaZero, input_x_gradient, check=needs_lrp_rules),
+    "lrp": Method(LRP, AlphaOneBetaZero, input_x_gradient, check=needs_lrp_rules, additive=True),
     "attnlrp": Method(
-        AttnLRP, AlphaOneBetaZero, input_x_gradient, check=needs_dot_product_attention
+        AttnLRP,
+        AlphaOneBetaZero,
+        input_x_gradient,
+        check=needs_dot_product_attention,
+        additive=True,
     ),
-    "gradcam": Method(TrueGradient, nullcontext, grad_cam, pixels=False),
-    "guided_gradcam": Method(TrueGradient, GuidedReLU, guided_grad_cam, check=needs_pixels),
-    "guided_backprop": Method(TrueGradient, GuidedReLU, gradient, check=needs_pixels),
+    "gradcam": Method(TrueGradient, nullcontext, grad_cam, pixels=False, kind=NON_NEGATIVE),
+    "guided_gradcam": Method(
+        TrueGradient, GuidedReLU, guided_grad_cam, check=needs_pixels, kind=SIZE
+    ),
+    "guided_backprop": Method(TrueGradient, GuidedReLU, gradient, check=needs_pixels, kind=SIZE),
     "gradient": Method(TrueGradient, nullcontext, gradient),
     "input_x_gradient": Method(TrueGradient, nullcontext, input_x_gradient),
-    "attention": Method(TrueGradient, nullcontext, attention_map, pixels=False),
+    "attention": Method(TrueGradient, nullcontext, attention_map, pixels=False, kind=NON_NEGATIVE),
 }
 
 
@@ -110,6 +126,7 @@ class Explanation:
     attention         (T, heads, L)
     beta              (T,) the weight of the visual sentinel, or None
     extra             {name: tensor (T, ...)}: what only this method says
+    kind, additive    those of the Method
     """
 
     words: list
@@ -121,6 +138,20 @@ class Explanation:
     attention: torch.Tensor
     beta: torch.Tensor | None
     extra: dict = field(default_factory=dict)
+    kind: str = SIGNED
+    additive: bool = False
+
+    def score_shares(self):
+        """How much of each word's score the image has, and how much the words before it: (T, 2).
+
+        These are sums of relevance, so they mean something if the method is `additive`. Biases have
+        the rest of the score. The image's share is what reaches the encoder's features, for in a
+        deep encoder much of it does not arrive at the pixels.
+        """
+        image = self.region_relevance.sum(dim=1)
+        if "class_relevance" in self.extra:  # that of the image tokens that are no region
+            image = image + self.extra["class_relevance"]
+        return torch.stack([image, self.word_relevance.sum(dim=1)], dim=1)
 
 
 def method_for(captioner, name):
@@ -238,7 +269,7 @@ def explain_batch(captioner, images, token_ids, method):
     explanations = []
     for row, ids in enumerate(token_ids):
         of_image = {name: value[row] for name, value in found.items()}
-        explanations.append(_explanation(captioner, ids, of_image))
+        explanations.append(_explanation(captioner, ids, of_image, method))
     return explanations
 
 
@@ -339,8 +370,8 @@ def word_gradients(scores, positions, leaves, retain_graph=False):
     return found
 
 
-def _explanation(captioner, token_ids, parts):
-    """The Explanation of one image, cut to the length of its caption.
+def _explanation(captioner, token_ids, parts, method):
+    """The Explanation of one image by a Method, cut to the length of its caption.
 
     parts: what `propagate` found for it.
     """
@@ -348,6 +379,7 @@ def _explanation(captioner, token_ids, parts):
     cut = {name: value[:length].detach().cpu() for name, value in parts.items()}
     cut["word_relevance"] = cut["word_relevance"][:, :length]
     fields = {"image_relevance": None, "beta": None}
+    fields |= {"kind": method.kind, "additive": method.additive}
     extra = {}
     for name, value in cut.items():
         if name in Explanation.__dataclass_fields__:

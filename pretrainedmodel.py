@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from commandline import UserError
 from decoding import stripped
 from explanation import (
+    NON_NEGATIVE,
+    SIGNED,
     Explanation,
     exact_convolutions,
     method_for,
@@ -185,12 +187,15 @@ class TransformerMethod:
                explained logits are wanted of, (P, 1, ...) each
     rules      () -> a context manager in which the model runs
     check      a function of a captioner that raises a UserError if the method is not for it
+    kind, additive   as those of explanation.Method
     """
 
     relevance: Callable
     leaves: Callable = lambda forward: {}
     rules: Callable = nullcontext
     check: Callable = needs_any_captioner
+    kind: str = SIGNED
+    additive: bool = False
 
 
 def input_leaves(forward):
@@ -369,17 +374,21 @@ def occlusion(captioner, forward, gradients, positions):
     return {"tokens": F.pad(drops.flatten(1), (others, 0)), "words": words}
 
 
-ATTNLRP = TransformerMethod(input_relevance, input_leaves, TransformerLRP)
+ATTNLRP = TransformerMethod(input_relevance, input_leaves, TransformerLRP, additive=True)
 METHODS = {
     "attnlrp": ATTNLRP,
     "lrp": ATTNLRP,  # of a transformer, LRP is AttnLRP
     "gradient": TransformerMethod(gradient_relevance, input_leaves),
     "input_x_gradient": TransformerMethod(input_relevance, input_leaves),
-    "relevancy": TransformerMethod(relevancy, attention_leaves),
-    "weighted_relevancy": TransformerMethod(norm_weighted_relevancy, attention_leaves),
-    "gradient_weighted_relevancy": TransformerMethod(gradient_weighted_relevancy, weighted_leaves),
-    "rollout": TransformerMethod(rollout_relevance),
-    "attention": TransformerMethod(attention_relevance),
+    "relevancy": TransformerMethod(relevancy, attention_leaves, kind=NON_NEGATIVE),
+    "weighted_relevancy": TransformerMethod(
+        norm_weighted_relevancy, attention_leaves, kind=NON_NEGATIVE
+    ),
+    "gradient_weighted_relevancy": TransformerMethod(
+        gradient_weighted_relevancy, weighted_leaves, kind=NON_NEGATIVE
+    ),
+    "rollout": TransformerMethod(rollout_relevance, kind=NON_NEGATIVE),
+    "attention": TransformerMethod(attention_relevance, kind=NON_NEGATIVE),
     "occlusion": TransformerMethod(occlusion),
 }
 
@@ -604,7 +613,10 @@ class PretrainedCaptioner(ABC):
             forward = self.forward_pass(pixels, targets, method.rules)
             found = self._propagate(forward, method)
         with torch.no_grad():
-            return self._explanation(forward, found, ids)
+            explanation = self._explanation(forward, found, ids)
+        explanation.kind = method.kind
+        explanation.additive = method.additive
+        return explanation
 
     def forward_pass(self, pixels, targets, rules=nullcontext):
         """The ForwardPass of an image (1, 3, S, S), teacher-forced on sub-words (1, K)."""
