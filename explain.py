@@ -50,7 +50,7 @@ from commandline import (
 from decoding import add_decoding_flags, decoding_options
 from explanation import method_for
 from images import IMAGE_ENDINGS, image_files, image_transform, load_image
-from plots import comparison_figure, explanation_figure, paint_boxes, save_figure
+from plots import SCALES, comparison_figure, explanation_figure, paint_boxes, save_figure
 from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from pretrainedmodel import PretrainedCaptioner
 from vocabulary import tokenize
@@ -98,6 +98,12 @@ FLAGS = [
     ),
     Flag("caption", "explain this caption", shown="the captioner's own"),
     Flag("words", "draw only these words of the captions", nargs="+", metavar="WORD", shown="all"),
+    Flag(
+        "scale",
+        "what shares one scale of colours in a figure: the words of a caption, or each word alone",
+        default="caption",
+        choices=SCALES,
+    ),
     Flag("output", "folder for what is written", default="explanations"),
 ]
 
@@ -109,12 +115,14 @@ class Wanted:
     methods   {name in the results: method of METHODS}
     caption   the words of the caption, or None for the captioner's own
     words     the words to draw, or None for all
+    scale     what shares one scale of colours, one of plots.SCALES
     decoding  options of the captioner's own caption
     """
 
     methods: dict
     caption: list | None
     words: list | None
+    scale: str
     decoding: dict
 
 
@@ -196,7 +204,7 @@ def what_is_wanted(args, decoding):
         methods["lrp"] = "attnlrp"
     caption = None if args.caption is None else tokenize(args.caption)
     if args.words is None:
-        return Wanted(methods, caption, None, decoding)
+        return Wanted(methods, caption, None, args.scale, decoding)
     words = tokenize(" ".join(args.words))
     if not words:
         raise UserError("--words gives no word to draw")
@@ -204,7 +212,7 @@ def what_is_wanted(args, decoding):
         for word in words:
             if word not in caption:
                 raise UserError(f"--caption has no word '{word}' to draw")
-    return Wanted(methods, caption, words, decoding)
+    return Wanted(methods, caption, words, args.scale, decoding)
 
 
 def main():
@@ -358,7 +366,7 @@ def explain_images(speakers, paths, regions, wanted, output):
                 for photograph, found in explain(speaker.captioner, photographs, wanted):
                     parts = [names[photograph.path], speaker.mark, *asked]
                     stem = output / "-".join(filter(None, parts))
-                    words = write_explanations(stem, photograph, found, wanted.words, speaker.about)
+                    words = write_explanations(stem, photograph, found, wanted, speaker.about)
                     drawn |= dict.fromkeys(words, True)
             bar.update(len(paths[batch]) * distributed.world_size())
     return failures, drawn
@@ -451,20 +459,20 @@ def paint_regions(explanations, photograph):
         explanation.image_relevance = paint_boxes(relevance, photograph.boxes, (height, width))
 
 
-def write_explanations(stem, photograph, explanations, words, about):
+def write_explanations(stem, photograph, explanations, wanted, about):
     """Write the files of a photograph's explanations {name: Explanation}, and say so.
 
-    words: to draw, or None for all; nothing is written where the caption has none of them. about:
+    wanted: the Wanted; nothing is written where the caption has none of the words to draw. about:
     what the files hold besides. Returns the words that were drawn.
     """
     caption = next(iter(explanations.values())).words
     tqdm.write(f"{photograph.path}: {' '.join(caption)}")
     positions = []
     for position, word in enumerate(caption):
-        if words is None or word in words:
+        if wanted.words is None or word in wanted.words:
             positions.append(position)
     if not positions:
-        tqdm.write(f"  not drawn, for it has no word {' or '.join(words)}")
+        tqdm.write(f"  not drawn, for it has no word {' or '.join(wanted.words)}")
         return []
     about = {**about, "image": str(photograph.path), "caption": " ".join(caption)}
     for name, explanation in explanations.items():
@@ -472,11 +480,11 @@ def write_explanations(stem, photograph, explanations, words, about):
         about["method"] = name
         write_arrays(extended(own, ".npz"), explanation, about)
         write_numbers(extended(own, ".json"), explanation, about)
-        figure = explanation_figure(photograph.image, explanation, positions)
+        figure = explanation_figure(photograph.image, explanation, positions, wanted.scale)
         tqdm.write(f"  explained in {save_figure(figure, extended(own, '.png'))}")
     if len(explanations) > 1:
-        comparison = comparison_figure(photograph.image, explanations, positions)
-        path = save_figure(comparison, extended(stem, "-methods.png"))
+        figure = comparison_figure(photograph.image, explanations, positions, wanted.scale)
+        path = save_figure(figure, extended(stem, "-methods.png"))
         tqdm.write(f"  side by side in {path}")
     return [caption[position] for position in positions]
 

@@ -1,59 +1,93 @@
 """The figures: heat maps over images, a figure of one explanation, several methods compared, the
 curves of correctness, and those of a training.
 
-In the heat maps red speaks for a word, blue against it, and white is zero.
+In a heat map of a method whose sign means something, red speaks for a word and blue against it. The
+maps of other methods go from white to purple. White is always zero.
 """
 
+import functools
 import math
 import textwrap
+from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from commandline import write_atomically
+from explanation import NON_NEGATIVE, SIGNED, SIZE
 
-COLOURS = matplotlib.colormaps["seismic"]
+# From ColorBrewer (Harrower and Brewer 2003): RdBu without its darkest ends, and Purples. People
+# who confuse red with green tell these colours apart. The odd number keeps a white in the middle.
+AGAINST = "#2166ac"
+FOR = "#b2182b"
+DIVERGING = LinearSegmentedColormap.from_list(
+    "against and for",
+    [(0, AGAINST), (0.2, "#4393c3"), (0.34, "#92c5de"), (0.5, "#ffffff")]
+    + [(0.66, "#f4a582"), (0.8, "#d6604d"), (1, FOR)],
+    N=257,
+)
+SEQUENTIAL = LinearSegmentedColormap.from_list(
+    "size", [(0, "#ffffff"), (0.3, "#bcbddc"), (0.65, "#756bb1"), (1, "#54278f")], N=257
+)
+NOTE = "#4d4d4d"  # the colour of small print
+PALEST = 0.65  # what is left of the white of a heat map over a black pixel
 # The pixel at this percentile of |relevance| has the full colour.
 CLIP_PERCENTILE = 99.8
 # The standard deviation of the Gaussian that joins single pixels into shapes, over the map's width.
 BLUR = 0.012
+LARGEST = 640  # pixels of the longer side of an image in a figure
 
-DOTS_PER_INCH = 110
+SCALES = ("caption", "word")  # what shares one scale: all words of a caption, or none
+
+DOTS_PER_INCH = 120
 # All that follows is in inches.
-PANEL = 2.3  # the side of a panel and the margins beside it
+PANEL = 2.3  # the width of a panel and the margins beside it
 MARGIN = 0.06  # on each side of a panel
 CAPTION = 0.45  # the height of the caption, at the top of a figure, if it has one line
 CAPTION_LINE = 0.22  # the height of each further line
 TITLE = 0.3  # the height of a panel's title
 WORD_LINE = 0.24  # the height of a line of words
-GAP = 0.1  # between a panel and the words below it
+WORD_PADDING = 0.03  # between a word and the edge of its background
+WORD_SPACE = 0.1  # between two words
+GAP = 0.1  # between what stands one below the other in a panel
+BAR = 0.15  # the height of a bar and the space around it
+BAR_SIDES = 0.45  # the room for the name of a bar, and for its number
+NOTE_LINE = 0.16  # the height of a line of small print
+COLOUR_BAR = 0.1  # the height of a colour bar
 SMALL_PANEL = 0.6 * PANEL  # in a comparison of methods
 SMALL_MARGIN = 0.03
-METHOD = 1.35  # the width of the methods' names in a comparison
+METHOD = 1.6  # the width of the methods' names in a comparison
 
-CHARACTERS_IN_A_PANEL = 22  # of the caption
-PANELS_IN_A_ROW = 5
-WORDS_IN_A_LINE = 5  # that the room below a panel is reckoned with
+WORD_SIZE = 9  # points
+SMALL_PRINT = 7.5  # points
+CHARACTER = 0.1  # the mean width of a caption's character, in inches
+# An image of another shape is drawn smaller, so that it does not leave these (height by width).
+FLATTEST, TALLEST = 0.35, 1.4
+COLUMNS = (5, 4, 6)  # how many panels may stand in a row, the best first
+SMALL_COLUMNS = 12  # the most words in a row of a comparison
 
 
 class Sheet:
-    """A matplotlib Figure on which places are given in inches from its lower left corner."""
+    """A matplotlib Figure on which places are given in inches from its upper left corner."""
 
     def __init__(self, width, height):
         self.width = width
         self.height = height
         self.figure = Figure(figsize=(width, height))
-        FigureCanvasAgg(self.figure)  # it can measure text
+        FigureCanvasAgg(self.figure)
 
-    def axes(self, left, bottom, width, height):
+    def axes(self, left, top, width, height):
         """Axes of this place and size, without a frame."""
         place = (
             left / self.width,
-            bottom / self.height,
+            1 - (top + height) / self.height,
             width / self.width,
             height / self.height,
         )
@@ -61,40 +95,116 @@ class Sheet:
         axes.set_axis_off()
         return axes
 
-    def text(self, left, y, text, **style):
-        """Write a text; y is its top, or its middle if `style` says so (va="center")."""
-        self.figure.text(left / self.width, y / self.height, text, **style)
+    def text(self, left, top, text, **style):
+        """Write a text; `top` is its top, or its middle if `style` says so (va="center")."""
+        style = {"va": "top", "parse_math": False, **style}
+        self.figure.text(left / self.width, 1 - top / self.height, text, **style)
+
+    def note(self, left, top, text, **style):
+        """Write a line of small print."""
+        self.text(left, top, text, fontsize=SMALL_PRINT, color=NOTE, **style)
 
 
-def heat_map(relevance):
-    """Signed relevance (H, W) -> RGB (H, W, 3) in 0..1; all white if the relevance is all zero."""
-    smooth = blurred(relevance)
-    scale = np.percentile(np.abs(smooth), CLIP_PERCENTILE)
-    if scale > 0:
-        strength = 0.5 + 0.5 * np.clip(smooth / scale, -1, 1)
-    else:
-        strength = np.full_like(smooth, 0.5)
-    return COLOURS(strength)[..., :3]
+# --------------------------------------------------------------------------------------- heat maps
 
 
-def blurred(relevance):
-    """Relevance (H, W) smoothed by a Gaussian, which reaches as far as 3 sigma or the border."""
-    height, width = relevance.shape
+def heat_map(values, scale, kind=SIGNED):
+    """Values of a heat map (H, W) -> RGB (H, W, 3) in 0..1; white is zero.
+
+    scale: the value of the full colour; where it is 0, all is white. kind: one of explanation.py.
+    """
+    shares = values / scale if scale > 0 else np.zeros_like(values)
+    if kind == SIGNED:
+        return DIVERGING(0.5 + 0.5 * np.clip(shares, -1, 1))[..., :3]
+    return SEQUENTIAL(np.clip(shares, 0, 1))[..., :3]
+
+
+def overlay(photograph, values, scale, kind=SIGNED):
+    """A heat map over a pale grey version of a PIL image.
+
+    The values (H, W) are enlarged to the image's size: returns RGB (height, width, 3) in 0..1.
+    """
+    enlarged = Image.fromarray(values).resize(photograph.size, Image.Resampling.BILINEAR)
+    grey = np.asarray(photograph.convert("L"), dtype=np.float32) / 255
+    shade = PALEST + (1 - PALEST) * grey[..., None]
+    return heat_map(np.asarray(enlarged), scale, kind) * shade
+
+
+def blurred(maps):
+    """Maps (T, H, W) smoothed by a Gaussian, which reaches as far as 3 sigma or the border."""
+    height, width = maps.shape[1:]
     sigma = BLUR * width
     reach_x = min(math.ceil(3 * sigma), width - 1)
     reach_y = min(math.ceil(3 * sigma), height - 1)
     kernel_size = [2 * reach_x + 1, 2 * reach_y + 1]
-    return gaussian_blur(torch.from_numpy(relevance)[None], kernel_size, sigma)[0].numpy()
+    return gaussian_blur(maps, kernel_size, sigma)
 
 
-def overlay(image, relevance):
-    """The heat map of relevance (H, W) over a pale grey version of a PIL image of any size.
+def drawable_maps(explanation):
+    """The image maps of an Explanation as they are drawn: float32 array (T, H, W).
 
-    Returns RGB (H, W, 3) in 0..1.
+    They are without sign if the sign says nothing, not larger than the images of figures, and
+    slightly blurred.
     """
-    height, width = relevance.shape
-    grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32) / 255
-    return heat_map(relevance) * (0.55 + 0.45 * grey[..., None])
+    maps = explanation.image_relevance.float()
+    if explanation.kind == SIZE:
+        maps = maps.abs()
+    size = drawn_size(*maps.shape[1:])
+    if size != tuple(maps.shape[1:]):
+        maps = F.interpolate(maps[None], size=size, mode="bilinear", antialias=True)[0]
+    return blurred(maps).numpy()
+
+
+def drawn_size(height, width):
+    """The size (height, width) at which an image or map of this size is drawn."""
+    factor = min(1, LARGEST / max(height, width))
+    return max(1, round(factor * height)), max(1, round(factor * width))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What the panels of a figure draw of an Explanation of T words.
+
+    photograph   a PIL image
+    explanation  the Explanation
+    maps         float32 array (T, H, W)
+    map_scales   (T,) the value that has the full colour in each word's map
+    word_scales  (T,) the same for the relevance of the preceding words
+    shared       whether all words have the same scale
+    """
+
+    photograph: Image.Image
+    explanation: object
+    maps: np.ndarray
+    map_scales: np.ndarray
+    word_scales: np.ndarray
+    shared: bool
+
+    def draw_map(self, axes, position):
+        """The heat map of one word over the photograph."""
+        values = self.maps[position]
+        picture = overlay(self.photograph, values, self.map_scales[position], self.explanation.kind)
+        axes.imshow(picture, interpolation="lanczos")
+
+
+def drawing_of(image, explanation, scale="caption"):
+    """The Drawing of an Explanation over a PIL image; scale: one of SCALES.
+
+    A scale that the words share is that of the word with the strongest map, be it drawn or not.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale is {' or '.join(SCALES)}, not '{scale}'")
+    height, width = drawn_size(image.height, image.width)
+    photograph = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    maps = drawable_maps(explanation)
+    words = explanation.word_relevance.float().abs().numpy()
+    map_scales = np.array([np.percentile(np.abs(values), CLIP_PERCENTILE) for values in maps])
+    word_scales = words.max(axis=1, initial=0)
+    shared = scale == "caption"
+    if shared:
+        map_scales = np.full_like(map_scales, map_scales.max(initial=0))
+        word_scales = np.full_like(word_scales, word_scales.max(initial=0))
+    return Drawing(photograph, explanation, maps, map_scales, word_scales, shared)
 
 
 def paint_boxes(relevance, boxes, size):
@@ -113,113 +223,314 @@ def paint_boxes(relevance, boxes, size):
     return maps
 
 
-def explanation_figure(image, explanation, positions=None):
+# ----------------------------------------------------------------------------------------- colours
+
+
+def luminance(colour):
+    """The relative luminance of an RGB colour in 0..1, as WCAG 2.1 defines it."""
+    channels = np.asarray(to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return linear @ (0.2126, 0.7152, 0.0722)
+
+
+def contrast(one, other):
+    """The contrast of two colours, 1 to 21, as WCAG 2.1 defines it."""
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def ink_on(background):
+    """Black or white, whichever reads better on a background; the contrast is 4.5 at least."""
+    return max(("black", "white"), key=lambda ink: contrast(ink, background))
+
+
+# ---------------------------------------------------------------------- a figure of one explanation
+
+
+def explanation_figure(image, explanation, positions=None, scale="caption"):
     """A matplotlib Figure of an Explanation: the image, then a panel for every word.
 
-    A word's panel has its heat map over the image, and below it the words before it. positions: of
-    the words to draw, or None for all.
+    A word's panel has its heat map over the image. Below it are, where relevance is a share of the
+    score, two bars: how much of it the image and the preceding words have; then these words.
+    positions: of the words to draw, or None for all; scale: one of SCALES.
     """
     words = explanation.words
     if positions is None:
         positions = range(len(words))
-    panels = len(positions) + 1
-    columns = min(PANELS_IN_A_ROW, panels)
-    rows = math.ceil(panels / columns)
-    last = max(positions, default=-1)
-    text_height = WORD_LINE * (1.5 + (last + 1) // WORDS_IN_A_LINE)
-    row_height = PANEL + text_height + TITLE
+    drawing = drawing_of(image, explanation, scale)
     side = PANEL - 2 * MARGIN
-    caption = textwrap.wrap(" ".join(words), CHARACTERS_IN_A_PANEL * columns)
-    caption_height = CAPTION + CAPTION_LINE * (len(caption) - 1)
-    sheet = Sheet(PANEL * columns, caption_height + rows * row_height)
-    sheet.text(0.1, sheet.height - 0.12, "\n".join(caption), fontsize=13, va="top")
-    for panel in range(panels):
-        row, column = divmod(panel, columns)
-        left = column * PANEL + MARGIN
-        bottom = sheet.height - (caption_height + row * row_height + TITLE + side)
-        picture = sheet.axes(left, bottom, side, side)
-        below = sheet.axes(left, bottom - text_height, side, text_height - GAP)
-        if panel == 0:
-            draw_image(picture, below, image, explanation.image_relevance.shape[1:])
-        else:
-            draw_word(picture, below, image, explanation, positions[panel - 1])
+    height = side * panel_shape(image)
+    panels = [LegendPanel(drawing)]
+    panels += [WordPanel(drawing, position, side) for position in positions]
+    rows = panel_rows(panels)
+    columns = len(rows[0])
+    caption = textwrap.wrap(" ".join(words), int(PANEL * columns / CHARACTER))
+    top = CAPTION + CAPTION_LINE * (len(caption) - 1)
+    tops = []
+    for row in rows:
+        tops.append(top + TITLE)
+        top += TITLE + height + max(panel.height for panel in row) + GAP
+    sheet = Sheet(PANEL * columns, top)
+    sheet.text(MARGIN, 0.12, "\n".join(caption), fontsize=13)
+    for row, top in zip(rows, tops):
+        for column, panel in enumerate(row):
+            left = column * PANEL + MARGIN
+            panel.draw_picture(sheet.axes(left, top, side, height))
+            panel.draw_below(sheet, left, top + height + GAP, side)
     return sheet.figure
 
 
-def draw_image(picture, below, image, size):
-    """The first panel: the image at the size (H, W) of the heat maps, and how to read them."""
-    height, width = size
-    picture.imshow(image.resize((width, height)), interpolation="lanczos")
-    legend = "red: for the word, blue: against it\nbelow: the words before it"
-    below.text(0.02, 1, legend, fontsize=8.5, va="top", color="dimgrey")
+def panel_shape(image):
+    """Height by width of the place for an image."""
+    return min(max(image.height / image.width, FLATTEST), TALLEST)
 
 
-def draw_word(picture, below, image, explanation, position):
-    """The panel of one word: its heat map over the image, and the words before it."""
-    draw_overlay(picture, image, explanation, position)
-    title = f"{explanation.words[position]}  {explanation.probabilities[position]:.0%}"
-    draw_title(picture, title)
-    words = ["<start>", *explanation.words][: position + 1]
-    draw_words(below, words, explanation.word_relevance[position, : position + 1].numpy())
+def panel_rows(panels):
+    """Panels in rows; as many in a row as leave the fewest places empty."""
+    columns = len(panels)
+    if columns > COLUMNS[0]:
+        columns = min(COLUMNS, key=lambda number: -len(panels) % number)
+    return [panels[first : first + columns] for first in range(0, len(panels), columns)]
 
 
-def draw_overlay(axes, image, explanation, position):
-    """The heat map of one word over the image."""
-    relevance = explanation.image_relevance[position].numpy()
-    axes.imshow(overlay(image, relevance), interpolation="lanczos")
+class LegendPanel:
+    """The first panel: the photograph, and how to read the others."""
+
+    def __init__(self, drawing):
+        self.drawing = drawing
+        self.notes = legend_of(drawing)
+        self.height = GAP + COLOUR_BAR + NOTE_LINE * (1 + len(self.notes))
+
+    def draw_picture(self, axes):
+        """The photograph."""
+        axes.imshow(self.drawing.photograph, interpolation="lanczos")
+
+    def draw_below(self, sheet, left, top, width):
+        """The colour bar and the small print."""
+        draw_colour_bar(sheet, left, top, width, self.drawing)
+        top += COLOUR_BAR + NOTE_LINE
+        for note in self.notes:
+            sheet.note(left, top, note)
+            top += NOTE_LINE
+
+
+def legend_of(drawing):
+    """How to read a figure, in lines of small print."""
+    notes = [meaning(drawing.explanation.kind)]
+    if drawing.shared:
+        notes.append("per pixel; all words have one scale")
+    else:
+        notes.append("per pixel; each word has its own scale")
+    if drawing.explanation.additive:
+        notes.append("bars: image's, words' share of the score")
+    strongest = drawing.word_scales.max(initial=0)
+    if strongest > 0:
+        ends = f", up to ±{number(strongest)}" if drawing.shared else ""
+        notes.append(f"below: words before it{ends}")
+    if strongest > 0 and drawing.explanation.kind != SIGNED:
+        notes.append(f"({meaning(SIGNED)})")
+    return notes
+
+
+def meaning(kind):
+    """What the colours of a kind of method mean."""
+    meanings = {
+        SIGNED: "red: for the word, blue: against it",
+        SIZE: "size; the sign means nothing",
+        NON_NEGATIVE: "from zero, never negative",
+    }
+    return meanings[kind]
+
+
+def number(value):
+    """A number in two digits, with a true minus sign."""
+    return f"{value:.2g}".replace("-", "−")
+
+
+def draw_colour_bar(sheet, left, top, width, drawing):
+    """The colour bar of a Drawing, COLOUR_BAR high, and below it the values at its ends, NOTE_LINE.
+
+    Where each map has a scale of its own, the ends are called "max".
+    """
+    kind = drawing.explanation.kind
+    end = number(drawing.map_scales.max(initial=0)) if drawing.shared else "max"
+    lowest = -1 if kind == SIGNED else 0
+    axes = sheet.axes(left, top, width, COLOUR_BAR)
+    ramp = np.linspace(lowest, 1, 257, dtype=np.float32)[None]
+    axes.imshow(heat_map(ramp, 1.0, kind), aspect="auto")
+    below = top + COLOUR_BAR + 0.02
+    sheet.note(left, below, f"−{end}" if kind == SIGNED else "0", ha="left")
+    if kind == SIGNED:
+        sheet.note(left + width / 2, below, "0", ha="center")
+    sheet.note(left + width, below, end, ha="right")
+
+
+class WordPanel:
+    """The panel of one word."""
+
+    def __init__(self, drawing, position, width):
+        self.drawing = drawing
+        self.position = position
+        relevance = drawing.explanation.word_relevance[position, : position + 1]
+        words = ["<start>", *drawing.explanation.words][: position + 1]
+        # A method that says nothing of the preceding words has no relevance but zero.
+        self.lines = []
+        if drawing.word_scales[position] > 0:
+            self.lines = lines_of(words, relevance.tolist(), width)
+        self.bars = 2 * BAR + GAP if drawing.explanation.additive else 0
+        self.height = GAP + self.bars + WORD_LINE * len(self.lines)
+
+    def draw_picture(self, axes):
+        """The heat map, and above it the word and its probability."""
+        self.drawing.draw_map(axes, self.position)
+        explanation = self.drawing.explanation
+        probability = explanation.probabilities[self.position]
+        draw_title(axes, f"{explanation.words[self.position]}  {probability:.0%}")
+
+    def draw_below(self, sheet, left, top, width):
+        """The bars and the words before it, where the method says something of them."""
+        drawing = self.drawing
+        if self.bars:
+            draw_bars(sheet, left, top, width, drawing.explanation, self.position)
+        scale = drawing.word_scales[self.position]
+        draw_words(sheet, left, top + self.bars, self.lines, scale)
 
 
 def draw_title(axes, title):
     """The title of a panel."""
-    axes.set_title(title, fontsize=11, fontweight="bold", pad=4)
+    axes.set_title(title, fontsize=11, fontweight="bold", pad=4, parse_math=False)
 
 
-def draw_words(axes, words, relevance):
-    """Words as a text that wraps, each on a background coloured by its relevance (any unit)."""
-    scale = np.abs(relevance).max() or 1.0
-    renderer = axes.figure.canvas.get_renderer()
-    to_axes = axes.transAxes.inverted()
-    height = axes.get_window_extent().height / axes.figure.dpi  # inches
-    margin = 0.02  # as all that follows in fractions of the axes
-    space = 0.045
-    x = margin
-    y = 1.0
-    for word, value in zip(words, relevance):
-        background = COLOURS(0.5 + 0.3 * value / scale)
-        box = {"facecolor": background, "edgecolor": "none", "boxstyle": "round,pad=0.2"}
-        ink = "white" if value < -0.5 * scale else "black"
-        text = axes.text(x, y, word, color=ink, fontsize=9, va="top", bbox=box)
-        extent = text.get_window_extent(renderer).transformed(to_axes)
-        if extent.x1 > 1 and x > margin:
-            x = margin
-            y -= WORD_LINE / height
-            text.set_position((x, y))
-        x += extent.width + space
+def draw_bars(sheet, left, top, width, explanation, position):
+    """Two bars: the shares of a word's score that the image and the words before it have.
+
+    All words of a caption have the same scale.
+    """
+    shares = explanation.score_shares().numpy()
+    own = shares[position]
+    axes = sheet.axes(left + BAR_SIDES, top, width - 2 * BAR_SIDES, 2 * BAR)
+    colours = [FOR if share > 0 else AGAINST for share in own]
+    axes.barh([1, 0], own, height=0.7, color=colours)
+    axes.axvline(0, color=NOTE, linewidth=0.8)
+    axes.set_xlim(min(shares.min(), 0), max(shares.max(), 0) or 1)
+    axes.set_ylim(-0.5, 1.5)
+    for row, name in enumerate(("image", "words")):
+        middle = top + (row + 0.5) * BAR
+        sheet.note(left, middle, name, va="center")
+        value = f"{own[row]:.1f}".replace("-", "−")
+        sheet.note(left + width, middle, value, va="center", ha="right")
 
 
-def comparison_figure(image, explanations, positions=None):
+def lines_of(words, values, width):
+    """Words in lines that are at most so many inches wide.
+
+    Returns for each line its [word, value, distance from the left in inches].
+    """
+    lines = []
+    x = math.inf
+    for word, value in zip(words, values):
+        own_width = text_width(word) + 2 * WORD_PADDING
+        if x + own_width > width:
+            lines.append([])
+            x = WORD_PADDING
+        lines[-1].append((word, value, x))
+        x += own_width + WORD_SPACE - 2 * WORD_PADDING
+    return lines
+
+
+@functools.cache
+def text_width(text):
+    """The width of a word as `draw_words` writes it, in inches."""
+    figure = Figure()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    font = FontProperties(size=WORD_SIZE)
+    return renderer.get_text_width_height_descent(text, font, ismath=False)[0] / figure.dpi
+
+
+def draw_words(sheet, left, top, lines, scale):
+    """Lines of words, each on a background coloured by its value; scale: that of full colour."""
+    padding = WORD_PADDING * 72 / WORD_SIZE  # in units of the letters' size
+    for line in lines:
+        for word, value, x in line:
+            background = tuple(heat_map(np.array([[value]]), scale)[0, 0])
+            box = {
+                "facecolor": background,
+                "edgecolor": "none",
+                "boxstyle": f"round,pad={padding:.3f}",
+            }
+            ink = ink_on(background)
+            sheet.text(left + x, top, word, color=ink, fontsize=WORD_SIZE, bbox=box)
+        top += WORD_LINE
+
+
+# -------------------------------------------------------------------------- a comparison of methods
+
+
+def comparison_figure(image, explanations, positions=None, scale="caption"):
     """A matplotlib Figure of several methods: a row of heat maps for each, a column for each word.
 
     explanations: {method: Explanation}, all of the same caption; positions: of the words to draw,
-    or None for all.
+    or None for all; scale: one of SCALES, for each method by itself. Many words stand in several
+    blocks, one below the other.
     """
     words = next(iter(explanations.values())).words
-    if positions is None:
-        positions = range(len(words))
+    positions = list(range(len(words)) if positions is None else positions)
+    drawings = {}
+    for method, explanation in explanations.items():
+        drawings[method] = drawing_of(image, explanation, scale)
+    count = math.ceil(len(positions) / SMALL_COLUMNS) or 1
+    columns = math.ceil(len(positions) / count) or 1
+    blocks = [positions[first : first + columns] for first in range(0, len(positions), columns)]
+    row_height = max((SMALL_PANEL - 2 * SMALL_MARGIN) * panel_shape(image) + 2 * SMALL_MARGIN, 0.9)
+    block_height = TITLE + row_height * len(drawings)
+    width = METHOD + SMALL_PANEL * columns
+    caption = textwrap.wrap(" ".join(words), int(SMALL_PANEL * columns / CHARACTER))
+    header = CAPTION + CAPTION_LINE * len(caption)
+    sheet = Sheet(width, header + block_height * len(blocks))
+    draw_header(sheet, header + TITLE, next(iter(drawings.values())), caption)
+    for index, block in enumerate(blocks):
+        draw_block(sheet, header + index * block_height, row_height, drawings, block)
+    return sheet.figure
+
+
+def draw_header(sheet, height, drawing, caption):
+    """The top of a comparison: the photograph, the caption's lines, and what shares a scale."""
+    axes = sheet.axes(0.08, 0.08, METHOD - 0.25, height - 0.1)
+    axes.imshow(drawing.photograph, interpolation="lanczos")
+    axes.set_anchor("NW")
+    left = METHOD + SMALL_MARGIN
+    sheet.text(left, 0.12, "\n".join(caption), fontsize=13)
+    note = "each map has a scale of its own"
+    if drawing.shared:
+        note = "each row has one scale for all words"
+    sheet.note(left, 0.2 + CAPTION_LINE * len(caption), note)
+
+
+def draw_block(sheet, top, row_height, drawings, positions):
+    """A row of heat maps for each method; top: of the titles."""
     side = SMALL_PANEL - 2 * SMALL_MARGIN
-    width = METHOD + SMALL_PANEL * len(positions)
-    sheet = Sheet(width, CAPTION + SMALL_PANEL * len(explanations))
-    for row, (method, explanation) in enumerate(explanations.items()):
-        bottom = (len(explanations) - 1 - row) * SMALL_PANEL
-        name = method.replace("_", " ")
-        sheet.text(0.08, bottom + SMALL_PANEL / 2, name, fontsize=10, va="center")
+    for row, (method, drawing) in enumerate(drawings.items()):
+        row_top = top + TITLE + row * row_height
+        draw_method(sheet, row_top, row_height, method, drawing)
         for column, position in enumerate(positions):
             left = METHOD + column * SMALL_PANEL + SMALL_MARGIN
-            axes = sheet.axes(left, bottom + SMALL_MARGIN, side, side)
-            draw_overlay(axes, image, explanation, position)
+            axes = sheet.axes(left, row_top + SMALL_MARGIN, side, row_height - 2 * SMALL_MARGIN)
+            drawing.draw_map(axes, position)
             if row == 0:
-                draw_title(axes, words[position])
-    return sheet.figure
+                draw_title(axes, drawing.explanation.words[position])
+
+
+def draw_method(sheet, top, row_height, method, drawing):
+    """The name of a method, its colours and what they mean, in the middle of its row."""
+    lines = textwrap.wrap(meaning(drawing.explanation.kind), 22)
+    height = 0.2 + COLOUR_BAR + NOTE_LINE * (1 + len(lines))
+    y = top + (row_height - height) / 2
+    sheet.text(0.08, y, method.replace("_", " "), fontsize=10)
+    draw_colour_bar(sheet, 0.08, y + 0.2, METHOD - 0.25, drawing)
+    sheet.note(0.08, y + 0.2 + COLOUR_BAR + NOTE_LINE, "\n".join(lines))
+
+
+# ------------------------------------------------------------------------------------------ curves
 
 
 def correctness_figure(curves, thresholds):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from fixtures import command, refused
 from helpers import random_captioner
 from PIL import Image
@@ -19,7 +18,7 @@ import explain as explain_script
 from captioner import METHODS
 from commandline import UserError, file_hash, run
 from explain import mark_of, output_names, progress_bar
-from plots import comparison_figure, explanation_figure, heat_map, overlay
+from plots import explanation_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ["--checkpoint", "it.pt", "--device", "cpu"]
@@ -262,9 +261,9 @@ def test_only_the_words_that_are_wanted_are_drawn(workplace, monkeypatch, capsys
     )
     drawn = []
 
-    def remembered(image, explanation, positions):
+    def remembered(image, explanation, positions, scale):
         drawn.append(positions)
-        return explanation_figure(image, explanation, positions)
+        return explanation_figure(image, explanation, positions, scale)
 
     monkeypatch.setattr(explain_script, "explanation_figure", remembered)
     Image.new("RGB", (64, 64), "red").save(workplace / "red.jpg")
@@ -282,7 +281,7 @@ def test_memory_does_not_grow_with_the_number_of_images(workplace, monkeypatch):
     alive = []
     most = []
 
-    def written(stem, photograph, explanations, words, about):
+    def written(stem, photograph, explanations, wanted, about):
         alive.extend(weakref.ref(explanation) for explanation in explanations.values())
         most.append(sum(reference() is not None for reference in alive))
         return []
@@ -333,44 +332,3 @@ def test_a_method_that_does_not_suit_the_captioner_is_refused_before_anything_is
     monkeypatch.chdir(workplace)
     line = ["photo.jpg", *OWN, "--method", "lrp", "attnlrp"]
     assert "multi-head captioner" in refused(explain_script, line, monkeypatch, capsys)
-
-
-def test_heat_maps_are_red_for_blue_against_and_white_at_zero():
-    relevance = np.zeros((60, 60), dtype=np.float32)
-    relevance[10:20, 10:20] = 2
-    relevance[40:50, 40:50] = -2
-    colours = heat_map(relevance)
-    red = colours[15, 15]
-    blue = colours[45, 45]
-    zero = colours[15, 45]
-    assert red[0] > red[2] + 0.4
-    assert blue[2] > blue[0] + 0.25
-    assert zero.min() > 0.98
-    assert overlay(Image.new("RGB", (30, 20)), relevance).shape == (60, 60, 3)
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (1, 1), (10, 400), (400, 10)])
-def test_a_heat_map_of_nothing_is_white_in_any_shape(shape):
-    """The height of a panorama is less than the blur, which goes by the width."""
-    assert heat_map(np.zeros(shape, dtype=np.float32)).min() > 0.98
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 16])
-def test_a_figure_has_a_panel_for_every_word(length):
-    captioner = random_captioner().float()
-    words = [f"w{index}" for index in range(length)]
-    [explanation] = captioner.explain(torch.zeros(1, 3, 128, 128), [words])
-    figure = explanation_figure(Image.new("RGB", (128, 128), "gray"), explanation)
-    titles = [axes.get_title() for axes in figure.axes]
-    assert sum(title.startswith("w") for title in titles) == length
-
-
-def test_figures_of_some_words_have_no_other_panels():
-    captioner = random_captioner().float()
-    [explanation] = captioner.explain(torch.zeros(1, 3, 128, 128), [["w1", "w2", "w3", "w4"]])
-    image = Image.new("RGB", (128, 128), "gray")
-    one = explanation_figure(image, explanation, [1, 3])
-    several = comparison_figure(image, {"lrp": explanation, "again": explanation}, [1, 3])
-    for figure in (one, several):
-        titles = [axes.get_title().partition(" ")[0] for axes in figure.axes]
-        assert [title for title in titles if title] == ["w2", "w4"]
