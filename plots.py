@@ -318,9 +318,9 @@ def legend_of(drawing):
     """How to read a figure, in lines of small print."""
     notes = [meaning(drawing.explanation.kind)]
     if drawing.shared:
-        notes.append("per pixel; all words have one scale")
+        notes.append("at each pixel; one scale for all words")
     else:
-        notes.append("per pixel; each word has its own scale")
+        notes.append("at each pixel; each word its own scale")
     if drawing.explanation.additive:
         notes.append("bars: image's, words' share of the score")
     strongest = drawing.word_scales.max(initial=0)
