@@ -6,6 +6,7 @@
     python explain.py photo.jpg --caption "a dog on the grass"      # not the captioner's own
     python explain.py photo.jpg --method lrp gradcam attention      # several methods side by side
     python explain.py photos --words dog ball                       # draws only these words
+    python explain.py photo.jpg --words dog --figure figure.pdf     # for a paper
     torchrun --nproc_per_node=4 explain.py photos                   # 4 processes share the images
 
 For each image and method it writes NAME-METHOD.png (a figure), NAME-METHOD.npz (the relevance maps,
@@ -57,6 +58,7 @@ from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
 LONGEST_MARK = 60  # characters that words may add to a file's name
+FIGURE_ENDINGS = (".png", ".pdf", ".svg")
 FILE_ENDINGS = (*IMAGE_ENDINGS, ".pdf", ".svg", ".npz", ".json", ".html")
 # What a NumPy archive says of itself; the JSON beside it says more.
 ABOUT = ("checkpoint", "checkpoint_sha256", "model_type", "encoder", "image", "caption", "method")
@@ -104,6 +106,13 @@ FLAGS = [
         default="caption",
         choices=SCALES,
     ),
+    Flag(
+        "figure",
+        "of one image: also write its words and methods side by side into this file, "
+        + ", ".join(FIGURE_ENDINGS),
+        metavar="FILE",
+        shown="none",
+    ),
     Flag("output", "folder for what is written", default="explanations"),
 ]
 
@@ -116,6 +125,7 @@ class Wanted:
     caption   the words of the caption, or None for the captioner's own
     words     the words to draw, or None for all
     scale     what shares one scale of colours, one of plots.SCALES
+    figure    the file of a figure of words and methods, or None
     decoding  options of the captioner's own caption
     """
 
@@ -123,6 +133,7 @@ class Wanted:
     caption: list | None
     words: list | None
     scale: str
+    figure: Path | None
     decoding: dict
 
 
@@ -197,14 +208,30 @@ def check_arguments(args, decoding):
     check_output_folder(output)
 
 
+def check_figure(figure, paths, captioners):
+    """Raise a UserError for a file that --figure must not name, or for more than one thing to draw.
+
+    paths: of the images; captioners: how many there are.
+    """
+    if figure.suffix.lower() not in FIGURE_ENDINGS or figure.is_dir():
+        endings = ", ".join(FIGURE_ENDINGS)
+        raise UserError(f"--figure '{figure}' is not the name of a file that ends in {endings}")
+    if len(paths) * captioners > 1:
+        raise UserError("--figure is for one image and one captioner, and here are more")
+    if figure.resolve() in [path.resolve() for path in paths]:
+        raise UserError(f"--figure '{figure}' would overwrite the image")
+    check_output_folder(figure.parent)
+
+
 def what_is_wanted(args, decoding):
     """The Wanted of parsed flags; UserError for words that are none, or not in --caption."""
     methods = {name: name for name in args.method}
     if args.through_attention:
         methods["lrp"] = "attnlrp"
     caption = None if args.caption is None else tokenize(args.caption)
+    figure = None if args.figure is None else Path(args.figure)
     if args.words is None:
-        return Wanted(methods, caption, None, args.scale, decoding)
+        return Wanted(methods, caption, None, args.scale, figure, decoding)
     words = tokenize(" ".join(args.words))
     if not words:
         raise UserError("--words gives no word to draw")
@@ -212,7 +239,7 @@ def what_is_wanted(args, decoding):
         for word in words:
             if word not in caption:
                 raise UserError(f"--caption has no word '{word}' to draw")
-    return Wanted(methods, caption, words, args.scale, decoding)
+    return Wanted(methods, caption, words, args.scale, figure, decoding)
 
 
 def main():
@@ -222,6 +249,8 @@ def main():
     check_arguments(args, decoding)
     wanted = what_is_wanted(args, decoding)
     paths, failures = find_images(args.images)
+    if wanted.figure is not None:
+        check_figure(wanted.figure, paths, len(args.checkpoint))
     total = len(paths) + len(failures)
     set_seed(args.seed)
     device = distributed.own_device(args.device)
@@ -482,10 +511,11 @@ def write_explanations(stem, photograph, explanations, wanted, about):
         write_numbers(extended(own, ".json"), explanation, about)
         figure = explanation_figure(photograph.image, explanation, positions, wanted.scale)
         tqdm.write(f"  explained in {save_figure(figure, extended(own, '.png'))}")
-    if len(explanations) > 1:
+    files = [extended(stem, "-methods.png")] if len(explanations) > 1 else []
+    files += [wanted.figure] if wanted.figure is not None else []
+    for path in files:
         figure = comparison_figure(photograph.image, explanations, positions, wanted.scale)
-        path = save_figure(figure, extended(stem, "-methods.png"))
-        tqdm.write(f"  side by side in {path}")
+        tqdm.write(f"  side by side in {save_figure(figure, path)}")
     return [caption[position] for position in positions]
 
 

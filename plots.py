@@ -10,6 +10,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from commandline import write_atomically
-from explanation import NON_NEGATIVE, SIGNED, SIZE
+from explanation import NON_NEGATIVE, SIGNED, SIZE, Explanation
 
 # From ColorBrewer (Harrower and Brewer 2003): RdBu without its darkest ends, and Purples. People
 # who confuse red with green tell these colours apart. The odd number keeps a white in the middle.
@@ -47,6 +48,7 @@ LARGEST = 640  # pixels of the longer side of an image in a figure
 SCALES = ("caption", "word")  # what shares one scale: all words of a caption, or none
 
 DOTS_PER_INCH = 120
+TEXT_AS_TEXT = {"pdf.fonttype": 42, "svg.fonttype": "none"}  # by default it becomes outlines
 # All that follows is in inches.
 PANEL = 2.3  # the width of a panel and the margins beside it
 MARGIN = 0.06  # on each side of a panel
@@ -64,12 +66,15 @@ COLOUR_BAR = 0.1  # the height of a colour bar
 SMALL_PANEL = 0.6 * PANEL  # in a comparison of methods
 SMALL_MARGIN = 0.03
 METHOD = 1.6  # the width of the methods' names in a comparison
+METHOD_LINE = 0.19  # the height of a line of such a name
+SMALL_ROW = 0.95  # the least height of a row of a comparison, where its method's legend fits in
 
 WORD_SIZE = 9  # points
 SMALL_PRINT = 7.5  # points
 CHARACTER = 0.1  # the mean width of a caption's character, in inches
 # An image of another shape is drawn smaller, so that it does not leave these (height by width).
 FLATTEST, TALLEST = 0.35, 1.4
+METHOD_CHARACTERS = 20  # that a line of a method's name may have
 COLUMNS = (5, 4, 6)  # how many panels may stand in a row, the best first
 SMALL_COLUMNS = 12  # the most words in a row of a comparison
 
@@ -174,7 +179,7 @@ class Drawing:
     """
 
     photograph: Image.Image
-    explanation: object
+    explanation: Explanation
     maps: np.ndarray
     map_scales: np.ndarray
     word_scales: np.ndarray
@@ -481,7 +486,9 @@ def comparison_figure(image, explanations, positions=None, scale="caption"):
     count = math.ceil(len(positions) / SMALL_COLUMNS) or 1
     columns = math.ceil(len(positions) / count) or 1
     blocks = [positions[first : first + columns] for first in range(0, len(positions), columns)]
-    row_height = max((SMALL_PANEL - 2 * SMALL_MARGIN) * panel_shape(image) + 2 * SMALL_MARGIN, 0.9)
+    row_height = max(
+        (SMALL_PANEL - 2 * SMALL_MARGIN) * panel_shape(image) + 2 * SMALL_MARGIN, SMALL_ROW
+    )
     block_height = TITLE + row_height * len(drawings)
     width = METHOD + SMALL_PANEL * columns
     caption = textwrap.wrap(" ".join(words), int(SMALL_PANEL * columns / CHARACTER))
@@ -522,12 +529,15 @@ def draw_block(sheet, top, row_height, drawings, positions):
 
 def draw_method(sheet, top, row_height, method, drawing):
     """The name of a method, its colours and what they mean, in the middle of its row."""
-    lines = textwrap.wrap(meaning(drawing.explanation.kind), 22)
-    height = 0.2 + COLOUR_BAR + NOTE_LINE * (1 + len(lines))
+    name = textwrap.wrap(method.replace("_", " "), METHOD_CHARACTERS)
+    notes = textwrap.wrap(meaning(drawing.explanation.kind), METHOD_CHARACTERS + 2)
+    name_height = METHOD_LINE * len(name)
+    height = name_height + COLOUR_BAR + NOTE_LINE * (1 + len(notes))
     y = top + (row_height - height) / 2
-    sheet.text(0.08, y, method.replace("_", " "), fontsize=10)
-    draw_colour_bar(sheet, 0.08, y + 0.2, METHOD - 0.25, drawing)
-    sheet.note(0.08, y + 0.2 + COLOUR_BAR + NOTE_LINE, "\n".join(lines))
+    sheet.text(0.08, y, "\n".join(name), fontsize=10)
+    y += name_height
+    draw_colour_bar(sheet, 0.08, y, METHOD - 0.25, drawing)
+    sheet.note(0.08, y + COLOUR_BAR + NOTE_LINE, "\n".join(notes))
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -583,7 +593,10 @@ def draw_curves(axes, history, names):
 
 
 def save_figure(figure, path, dots_per_inch=DOTS_PER_INCH):
-    """Write a figure to `path`, whole or not at all; returns the path."""
-    with write_atomically(path) as temporary:
+    """Write a figure to `path`, whole or not at all; returns the path.
+
+    In a PDF or SVG file text stays text.
+    """
+    with write_atomically(path) as temporary, matplotlib.rc_context(TEXT_AS_TEXT):
         figure.savefig(temporary, dpi=dots_per_inch)
     return path

@@ -33,6 +33,7 @@ def workplace(tmp_path_factory):
     random_captioner(model_type="aoa").float().save(folder / "aoa.pt")
     pixels = np.random.default_rng(0xCAFE).integers(0, 256, (90, 140, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.jpg")
+    Image.fromarray(pixels).save(folder / "copy.png")
     (folder / "empty").mkdir()
     (folder / "broken.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:900])
     return folder
@@ -112,6 +113,22 @@ def test_several_methods_stand_side_by_side(workplace, monkeypatch):
     assert names_in(workplace / "several") == expected | {"photo-it-w1-methods.png"}
 
 
+@pytest.mark.parametrize("ending, sign", [("png", b"PNG"), ("pdf", b"%PDF"), ("svg", b"<svg")])
+def test_a_figure_of_words_and_methods_has_its_own_file(workplace, monkeypatch, ending, sign):
+    line = ["photo.jpg", *OWN, "--caption", "w1 w2 w3", "--words", "w3", "--method", "lrp"]
+    line += ["--figure", f"paper/figure.{ending}", "--output", "paper"]
+    explain(workplace, monkeypatch, *line)
+    written = (workplace / f"paper/figure.{ending}").read_bytes()
+    assert sign in written
+    if ending == "svg":
+        text = written.decode()
+        assert ">w3</text>" in text and ">w2</text>" not in text and ">lrp</text>" in text
+        assert ">w1 w2 w3</text>" in text
+    if ending == "pdf":
+        assert b"/FontFile2" in written or b"/TrueType" in written
+    assert not [name for name in names_in(workplace / "paper") if name.startswith(".")]
+
+
 def test_through_attention_is_the_method_attnlrp_under_the_name_lrp(workplace, monkeypatch):
     arguments = ["photo.jpg", *OWN, "--checkpoint", "aoa.pt", "--caption", "w1 w2"]
     explain(workplace, monkeypatch, *arguments, "--through_attention", "--output", "through")
@@ -154,6 +171,14 @@ def test_a_name_with_dots_stays_whole(workplace, monkeypatch):
         ),
         (["photo.jpg", "--method", "attnlrp"], "only LRP of the multi-head captioner"),
         (["photo.jpg", "--through_attention"], "only LRP of the multi-head captioner"),
+        (
+            ["photo.jpg", "--figure", "figure.doc"],
+            "--figure 'figure.doc' is not the name of a file",
+        ),
+        (["photo.jpg", "--figure", "figure"], "that ends in .png, .pdf, .svg"),
+        (["photo.jpg", "a.png", "--figure", "f.pdf"], "--figure is for one image"),
+        (["copy.png", "--figure", "./copy.png"], "--figure 'copy.png' would overwrite the image"),
+        (["photo.jpg", "--figure", "it.pt/f.pdf"], "it.pt is not a folder"),
         (["photo.jpg", "--device", "meta"], "cannot be used on this machine"),
     ],
 )

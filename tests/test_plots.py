@@ -148,10 +148,8 @@ def test_the_words_of_a_caption_share_a_scale_and_the_same_value_has_the_same_co
 
 def test_the_scale_is_that_of_the_caption_even_if_few_words_are_drawn():
     explanation = explanation_of(random_maps(4) * torch.tensor([9.0, 1, 1, 1])[:, None, None])
-    (all_words, few) = (
-        pictures_of(explanation_figure(GRAY, explanation, positions))
-        for positions in (None, [1, 2])
-    )
+    all_words = pictures_of(explanation_figure(GRAY, explanation))
+    few = pictures_of(explanation_figure(GRAY, explanation, [1, 2]))
     np.testing.assert_array_equal(all_words[1], few[0])
 
 
@@ -357,7 +355,7 @@ def test_all_of_a_long_caption_is_inside_the_figure_and_no_text_lies_on_another(
     explanation.words[:] = ["extraordinary", "a", "skateboarding", "$5", "w"] * 4 + ["end"] * 4
     for figure in (
         explanation_figure(GRAY, explanation),
-        comparison_figure(GRAY, {"lrp": explanation, "gradient": explanation}),
+        comparison_figure(GRAY, {"lrp": explanation, "gradient_weighted_relevancy": explanation}),
     ):
         renderer = figure.canvas.get_renderer()
         boxes = [text.get_window_extent(renderer) for text in figure.texts]
