@@ -73,7 +73,8 @@ WORD_SIZE = 9  # points
 SMALL_PRINT = 7.5  # points
 CHARACTER = 0.1  # the mean width of a caption's character, in inches
 # An image of another shape is drawn smaller, so that it does not leave these (height by width).
-FLATTEST, TALLEST = 0.35, 1.4
+FLATTEST = 0.35
+TALLEST = 1.4
 METHOD_CHARACTERS = 20  # that a line of a method's name may have
 COLUMNS = (5, 4, 6)  # how many panels may stand in a row, the best first
 SMALL_COLUMNS = 12  # the most words in a row of a comparison
