@@ -504,13 +504,14 @@ def records_of(result, name, split="final"):
     return [known[number] for known, number in zip(result["captions"][split], numbers)]
 
 
-def read_explanations(plan):
-    """{captioner: records of the images} of the units of seed 0 that are explained."""
+def read_explanations(plan, seeds):
+    """{captioner: records of the images} of each captioner's first unit that is explained."""
     found = {}
     for captioner in EPOCHS:
-        path = plan.explained(Unit(captioner, 0))
-        if path.exists():
-            found[captioner] = read_json(path)["images"]
+        paths = [plan.explained(Unit(captioner, seed)) for seed in range(seeds)]
+        explained = [path for path in paths if path.exists()]
+        if explained:
+            found[captioner] = read_json(explained[0])["images"]
     return found
 
 
@@ -522,7 +523,7 @@ def write_report(plan, seeds):
         first = plan.result(Unit(captioner, 0))
         for arm, name in compared_runs(Unit(captioner, 0), plan).items():
             rates[f"{captioner}, {arm}"] = read_json(first)["runs"][name]["rate"]
-    text, words = report(units, read_explanations(plan), rates)
+    text, words = report(units, read_explanations(plan, seeds), rates)
     print(text)
     stem = RESULTS / f"{plan.folder.name}-report"
     with write_atomically(stem.with_suffix(".md")) as temporary:

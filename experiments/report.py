@@ -20,7 +20,7 @@ from experiments.inference import TEST_DRAWS, verdicts
 from experiments.statistics import draw_images
 from experiments.tables import markdown_table
 
-TESTED_CAPTIONER = "gridtd"  # whose explanations H1 to H4 are about
+TESTED_CAPTIONER = "aoa"  # whose explanations H1 to H4 are about: see the amendments
 # What each metric is compared for: an arm, and the arm that it is compared with.
 COMPARISONS = (
     ("lrp", "continued"),

@@ -218,9 +218,9 @@ def test_macro_precision_is_of_words_that_every_arm_says_often():
 
 def test_the_report_of_a_made_up_study():
     units = made_up_units(["gridtd", "aoa"], 3, {"lrp": 0.2})
-    text, words = report(units, {"gridtd": EXPLAINED}, {"gridtd, lrp": "1e-5"}, draws=100)
+    text, words = report(units, {"aoa": EXPLAINED}, {"gridtd, lrp": "1e-5"}, draws=100)
     text = unpadded(text)
-    assert "Seeds: {'gridtd': 3, 'aoa': 3}. Explained: gridtd." in text
+    assert "Seeds: {'gridtd': 3, 'aoa': 3}. Explained: aoa." in text
     assert "| H1 | words by LRP beat the last words and random ones |" in text
     assert "| H5a | " in text
     assert "| all | lrp - continued | CHAIR-s |" in text

@@ -148,6 +148,15 @@ def test_the_compared_runs_are_those_of_the_chosen_rates(plan):
     }
 
 
+def test_the_first_explained_unit_of_a_captioner_is_taken(plan):
+    assert study.read_explanations(plan, 3) == {}
+    for seed in (2, 1):
+        images = [{"drops": [seed]}]
+        plan.explained(Unit("aoa", seed)).write_text(json.dumps({"images": images}))
+    assert study.read_explanations(plan, 3) == {"aoa": [{"drops": [1]}]}
+    assert study.read_explanations(plan, 1) == {}
+
+
 def test_a_unit_without_its_checkpoints_or_of_other_settings_is_refused(plan):
     unit = Unit("gridtd", 0)
     with pytest.raises(UserError, match="is finished, but its checkpoints are not in"):
