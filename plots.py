@@ -569,6 +569,37 @@ def correctness_figure(curves, thresholds):
     return figure
 
 
+def differences_figure(rows):
+    """Differences with their intervals, each in multiples of the largest that counts as none.
+
+    rows: dicts with "component", "what", "difference", "low", "high" (its interval), "margin" (None
+    stands for 1) and "unit". The band is the margin. Red speaks for what is claimed, blue against
+    it; a grey interval contains zero.
+    """
+    figure = Figure(figsize=(10, 0.6 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(-1, 1, color="0.9", linewidth=0)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    values_beside = axes.get_yaxis_transform()  # x in parts of the axes, y as the rows
+    for place, row in enumerate(rows):
+        margin = row["margin"] or 1
+        colour = NOTE
+        if row["low"] > 0 or row["high"] < 0:
+            colour = FOR if row["low"] > 0 else AGAINST
+        axes.plot([row["low"] / margin, row["high"] / margin], [place, place], color=colour)
+        axes.plot(row["difference"] / margin, place, "o", color=colour, markersize=5)
+        text = f"{number(row['difference'])} [{number(row['low'])}, {number(row['high'])}]"
+        text = f"{text} {row['unit']}"
+        axes.text(1.01, place, text, transform=values_beside, va="center", fontsize=SMALL_PRINT)
+    labels = [f"{row['component']}  {row['what']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=SMALL_PRINT)
+    axes.invert_yaxis()
+    axes.set_xlabel("difference with its 95 % interval, in multiples of the margin", fontsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
 def training_figure(history):
     """The curves of a training: losses on the left, metrics on the right.
 

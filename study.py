@@ -47,6 +47,7 @@ from experiments.case import Setting
 from experiments.hypotheses import METRICS, explained_record
 from experiments.records import examine_split, header_of
 from experiments.report import report
+from plots import save_figure
 from pycocoevalcap.chair.chair import object_phrases
 
 RESULTS = Path("results/study")
@@ -516,20 +517,22 @@ def read_explanations(plan, seeds):
 
 
 def write_report(plan, seeds):
-    """Print the tables and the verdicts, and write them beside the units."""
+    """Print the tables and the verdicts, and write them and their figure beside the units."""
     rates = {}
     units = read_units(plan, seeds)
     for captioner in units:
         first = plan.result(Unit(captioner, 0))
         for arm, name in compared_runs(Unit(captioner, 0), plan).items():
             rates[f"{captioner}, {arm}"] = read_json(first)["runs"][name]["rate"]
-    text, words = report(units, read_explanations(plan, seeds), rates)
+    text, words, figure = report(units, read_explanations(plan, seeds), rates)
     print(text)
     stem = RESULTS / f"{plan.folder.name}-report"
     with write_atomically(stem.with_suffix(".md")) as temporary:
         temporary.write_text(text)
     with write_atomically(stem.with_suffix(".csv")) as temporary:
         temporary.write_text(words)
+    if figure:
+        save_figure(figure, stem.with_suffix(".png"))
 
 
 def parse_arguments(arguments=None):

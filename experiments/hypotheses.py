@@ -50,6 +50,34 @@ CLAIMS = {
     "H7": "LRP-inference costs less than 1 point of CIDEr",
     "H8": "the adaptive captioner gains more than grid-TD",
 }
+# What the components of a hypothesis are, in their order, if there are several.
+COMPONENTS = {
+    "H1": (
+        "object words, LRP's words less the last",
+        "object words, LRP's words less random ones",
+        "stop words, LRP's words less the last",
+        "stop words, LRP's words less random ones",
+    ),
+    "H3": (
+        "boxes' area less what lies in them",
+        "rise without the most negative patches",
+        "that rise less the one without random patches",
+    ),
+    "H5": ("continued training less LRP-inference", "random weights less LRP-inference"),
+}
+# The unit of each component; points are hundredths.
+UNITS = {
+    "H1": ("probability",) * 4,
+    "H2": ("points",),
+    "H2b": ("points",),
+    "H2c": ("points",),
+    "H3": ("points", "probability", "probability"),
+    "H4": ("AUC",),
+    "H5": ("points", "points"),
+    "H6": ("points",),
+    "H7": ("points",),
+    "H8": ("points",),
+}
 CIDER_MARGIN = 1.0  # points
 NEEDED_ARMS = {"continued", "lrp", "random"}
 LEAST_SEEDS = 3  # of a captioner, to test anything of its trainings

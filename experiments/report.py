@@ -7,7 +7,9 @@ import numpy as np
 
 from experiments.hypotheses import (
     CLAIMS,
+    COMPONENTS,
     METRICS,
+    UNITS,
     added_component,
     arm_difference,
     bootstrap_difference,
@@ -19,6 +21,7 @@ from experiments.hypotheses import (
 from experiments.inference import TEST_DRAWS, verdicts
 from experiments.statistics import draw_images
 from experiments.tables import markdown_table
+from plots import differences_figure
 
 TESTED_CAPTIONER = "aoa"  # whose explanations H1 to H4 are about: see the amendments
 # What each metric is compared for: an arm, and the arm that it is compared with.
@@ -34,19 +37,20 @@ COMPARISONS = (
 
 
 def report(units, explanations, rates, draws=TEST_DRAWS):
-    """All tables as Markdown, and the table of single words as CSV.
+    """All tables as Markdown, the table of single words as CSV, and the figure of H1 to H8.
 
     units: {captioner: for each seed {arm: list of the images' caption records}}; explanations:
     {captioner: list of the images' `explained_record`}; rates: {what: chosen learning rate}; draws:
-    of the bootstraps. What has no data is left out.
+    of the bootstraps. What has no data is left out; the figure is None if nothing has any.
     """
     hypotheses = explanation_hypotheses(explanations.get(TESTED_CAPTIONER, []), draws)
     hypotheses |= tuning_hypotheses(units)
+    components = component_rows(hypotheses)
     seeds = {captioner: len(found) for captioner, found in units.items()}
     parts = [
         f"Seeds: {seeds or 'none'}. Explained: {', '.join(explanations) or 'none'}.",
         section("Verdicts", verdict_rows(hypotheses)),
-        section("Components", component_rows(hypotheses)),
+        section("Components", components),
         section("Learning rates", [{"what": what, "rate": rate} for what, rate in rates.items()]),
         section("Arms, mean over seeds", arm_rows(units)),
         section("Differences of arms", comparison_rows(units, draws)),
@@ -56,7 +60,8 @@ def report(units, explanations, rates, draws=TEST_DRAWS):
     means, words = macro_precision(units, arms)
     rows = [{"arm": arm, "macro precision": value} for arm, value in means.items()]
     parts.append(section("Macro precision of words that every arm says often", rows))
-    return "\n\n".join(parts) + "\n", words_as_csv(words, arms)
+    figure = differences_figure(components) if components else None
+    return "\n\n".join(parts) + "\n", words_as_csv(words, arms), figure
 
 
 def section(title, rows):
@@ -80,6 +85,8 @@ def component_rows(hypotheses):
         components, margins = hypotheses[name]
         for place, (component, margin) in enumerate(zip(components, margins)):
             row = {"component": f"{name}{'abcd'[place]}" if len(components) > 1 else name}
+            row["what"] = COMPONENTS[name][place] if name in COMPONENTS else CLAIMS[name]
+            row["unit"] = UNITS[name][place]
             rows.append(row | estimate_columns(component) | {"margin": margin})
     return rows
 

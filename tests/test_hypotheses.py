@@ -218,7 +218,7 @@ def test_macro_precision_is_of_words_that_every_arm_says_often():
 
 def test_the_report_of_a_made_up_study():
     units = made_up_units(["gridtd", "aoa"], 3, {"lrp": 0.2})
-    text, words = report(units, {"aoa": EXPLAINED}, {"gridtd, lrp": "1e-5"}, draws=100)
+    text, words, figure = report(units, {"aoa": EXPLAINED}, {"gridtd, lrp": "1e-5"}, draws=100)
     text = unpadded(text)
     assert "Seeds: {'gridtd': 3, 'aoa': 3}. Explained: aoa." in text
     assert "| H1 | words by LRP beat the last words and random ones |" in text
@@ -226,6 +226,10 @@ def test_the_report_of_a_made_up_study():
     assert "| all | lrp - continued | CHAIR-s |" in text
     assert "| gridtd, lrp | 1e-5 |" in text
     assert words.splitlines()[0].startswith("word,cross_entropy: right,cross_entropy: said")
-    text, words = report({}, {}, {})
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[0] == "H1a  object words, LRP's words less the last"
+    assert labels[-1] == "H7  LRP-inference costs less than 1 point of CIDEr"
+    text, words, figure = report({}, {}, {})
+    assert figure is None
     assert text.count("not tested") == 10
     assert words == "word\n"
