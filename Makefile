@@ -5,7 +5,7 @@
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
 #   make tuning-experiment    fine-tune every captioner in every way, three seeds (hours), and
-#                   print the table of RESULTS.md
+#                   print the table of docs/exploratory.md
 #   make scenes     draw the embedded dataset and train its captioner again
 # On Linux PyPI's PyTorch is the one for NVIDIA GPUs. TORCH=cpu, added to the first `make` or after
 # `make clean`, takes the one for CPUs from PyTorch's own index.

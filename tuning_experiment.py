@@ -1,6 +1,6 @@
 """Does fine-tuning with explanations help? Trains and measures every captioner, setting and seed on
-the scenes, and makes the table of RESULTS.md. It is a script of its own because it does nothing but
-call train.py many times and measure.
+the scenes, and makes the table of docs/exploratory.md. It is a script of its own because it does
+nothing but call train.py many times and measure.
 
     python tuning_experiment.py             # what is not done yet, two trainings side by side
     python tuning_experiment.py --table     # only the table of what is done
