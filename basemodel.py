@@ -27,6 +27,7 @@ import decoding
 import explanation
 from commandline import UserError, find_checkpoint, write_tensors
 from encoder import eval_view
+from images import image_transform, is_photograph, photographs_of
 from lrp_utils import TRUE_GRADIENT, summed
 
 CHECKPOINT_FORMAT = "image captioner 1"
@@ -425,15 +426,25 @@ class Captioner(nn.Module, ABC):
     def caption(self, images, method="beam", beam_size=3, max_length=None, **options):
         """Images (B, 3, S, S), ImageNet-normalised -> B captions, each a list of words.
 
-        The other arguments are those of `decode`. UserError as there, and for images of another
-        shape.
+        images: also a list of photographs, which are names of files or PIL images; of a single
+        photograph the result is its caption. The other arguments are those of `decode`. UserError
+        as there, for images of another shape, and for a file that cannot be read.
         """
-        self.encoder.check_inputs(images)
+        pixels = self.pixels_of(images)
+        self.encoder.check_inputs(pixels)
         captions = []
-        for batch in images.split(CAPTIONED_AT_ONCE):
+        for batch in pixels.split(CAPTIONED_AT_ONCE):
             features = self.encode(batch)
             captions += self.decode(features, method, beam_size, max_length, **options)
-        return captions
+        return captions[0] if is_photograph(images) else captions
+
+    def pixels_of(self, images):
+        """Photographs as images (B, 3, S, S), ImageNet-normalised; anything else as it is."""
+        photographs = None if self.encoder.given else photographs_of(images)
+        if not photographs:
+            return images
+        transform = image_transform(self.encoder.image_size)
+        return torch.stack([transform(photograph) for photograph in photographs])
 
     @torch.no_grad()
     def encode(self, images):
@@ -457,8 +468,16 @@ class Captioner(nn.Module, ABC):
         explanation.explainable_ids(self.vocabulary, words)
 
     def explain(self, images, captions=None, method="lrp"):
-        """Explain every word of a caption of every image; see explanation.explain."""
-        return explanation.explain(self, images, captions, method)
+        """Explain every word of a caption of every image; see explanation.explain.
+
+        images: also a list of photographs, which the Explanations then know. For a single
+        photograph, `captions` is its caption, and the result its Explanation.
+        """
+
+        def explained(images, captions):
+            return explanation.explain(self, self.pixels_of(images), captions, method)
+
+        return explanation.explain_photographs(images, captions, explained)
 
     def save(self, path, **extra):
         """Write one self-contained file that `load_captioner` reads.

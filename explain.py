@@ -51,14 +51,20 @@ from commandline import (
 from decoding import add_decoding_flags, decoding_options
 from explanation import method_for
 from images import IMAGE_ENDINGS, image_files, image_transform, load_image
-from plots import SCALES, comparison_figure, explanation_figure, paint_boxes, save_figure
+from plots import (
+    FIGURE_ENDINGS,
+    SCALES,
+    comparison_figure,
+    explanation_figure,
+    paint_boxes,
+    save_figure,
+)
 from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from pretrainedmodel import PretrainedCaptioner
 from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
 LONGEST_MARK = 60  # characters that words may add to a file's name
-FIGURE_ENDINGS = (".png", ".pdf", ".svg")
 FILE_ENDINGS = (*IMAGE_ENDINGS, ".pdf", ".svg", ".npz", ".json", ".html")
 # What a NumPy archive says of itself; the JSON beside it says more.
 ABOUT = ("checkpoint", "checkpoint_sha256", "model_type", "encoder", "image", "caption", "method")

@@ -7,17 +7,23 @@ A method is a row of `METHODS`. `propagate` runs it: one forward, teacher-forced
 and one backward for all words of all images of a batch.
 """
 
+import io
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from commandline import UserError
 from gradient_utils import (
+    NON_NEGATIVE,
+    SIGNED,
+    SIZE,
     GuidedReLU,
     attention_map,
     grad_cam,
@@ -25,16 +31,12 @@ from gradient_utils import (
     guided_grad_cam,
     input_x_gradient,
 )
+from images import is_photograph, photographs_of
 from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, summed
-from vocabulary import padded
+from vocabulary import padded, tokenize
 
 # Values of relevance maps that are propagated at once (20 maps of 224x224); bounds the memory.
 PIXELS_PER_PASS = 1_000_000
-# What the values of a method's image maps are: they speak for a word and against it; their sign
-# says nothing, only their size does; or none is below zero.
-SIGNED = "signed"
-SIZE = "size"
-NON_NEGATIVE = "non-negative"
 
 
 def needs_any_captioner(captioner):
@@ -127,6 +129,10 @@ class Explanation:
     beta              (T,) the weight of the visual sentinel, or None
     extra             {name: tensor (T, ...)}: what only this method says
     kind, additive    those of the Method
+    method            its name
+    photograph        a PIL image, if the captioner was given one or its file, else None
+
+    In a notebook it shows itself as its figure.
     """
 
     words: list
@@ -140,6 +146,62 @@ class Explanation:
     extra: dict = field(default_factory=dict)
     kind: str = SIGNED
     additive: bool = False
+    method: str = ""
+    photograph: Image.Image | None = None
+
+    def __repr__(self):
+        words = []
+        for word, score in zip(self.words, self.scores.tolist()):
+            words.append(f"{word} ({score:.1f})")
+        return f"<Explanation by {self.method or 'no method'}: {' '.join(words)}>"
+
+    def plot(self, words=None, scale="caption", photograph=None):
+        """A matplotlib Figure: the photograph, then a heat map for each word.
+
+        words: strings, those to draw, or None for all; scale: "caption" if all words share one
+        scale of colours, "word" if each has its own; photograph: a PIL image to draw over, if the
+        captioner was given a tensor. UserError without a photograph, or for a word that the caption
+        does not have.
+        """
+        from plots import explanation_figure  # matplotlib is slow to import, and often not needed
+
+        photograph = photograph or self.photograph
+        if photograph is None:
+            raise UserError(
+                "this explanation knows no photograph to draw over, because the captioner was "
+                "given a tensor; give it as plot(photograph=...)"
+            )
+        return explanation_figure(photograph, self, self.positions_of(words), scale)
+
+    def save(self, path, words=None, scale="caption", photograph=None):
+        """Write the figure of `plot` into a .png, .pdf or .svg file; returns the path."""
+        from plots import FIGURE_ENDINGS, save_figure
+
+        path = Path(path)
+        if path.suffix.lower() not in FIGURE_ENDINGS:
+            endings = ", ".join(FIGURE_ENDINGS)
+            raise UserError(f"'{path}' is not the name of a figure, which ends in {endings}")
+        return save_figure(self.plot(words, scale, photograph), path)
+
+    def _repr_png_(self):
+        """What a notebook shows; without a photograph to draw over, it shows the text."""
+        if self.photograph is None or not self.words:
+            return None
+        buffer = io.BytesIO()
+        self.plot().savefig(buffer, format="png")
+        return buffer.getvalue()
+
+    def positions_of(self, words):
+        """The positions of these words in the caption, or of all for None.
+
+        UserError for a word that the caption does not have.
+        """
+        if words is None:
+            return list(range(len(self.words)))
+        for word in words:
+            if word not in self.words:
+                raise UserError(f"the caption has no word '{word}': {' '.join(self.words)}")
+        return [position for position, word in enumerate(self.words) if word in words]
 
     def score_shares(self):
         """How much of each word's score the image has, and how much the words before it: (T, 2).
@@ -207,18 +269,36 @@ def explain(captioner, images, captions=None, method="lrp"):
     explanations = []
     for part in _parts(images, token_ids):
         explanations += explain_batch(captioner, images[part], token_ids[part], chosen)
+    for found in explanations:
+        found.method = method
     return explanations
 
 
+def explain_photographs(images, captions, explain):
+    """Explain a single photograph, a list of them, or a tensor of images.
+
+    captions: of each image, of a single photograph its own, or None; explain: a function of (PIL
+    images or tensor, captions) that returns B Explanations. They get their photographs. Of a single
+    one the result is its Explanation. UserError for one text as the captions of several images.
+    """
+    photographs = photographs_of(images)
+    if is_photograph(images):
+        captions = None if captions is None else [captions]
+    elif isinstance(captions, str):
+        raise UserError(f"several images need a caption each, and '{captions}' is one text")
+    found = explain(images if photographs is None else photographs, captions)
+    for explanation, photograph in zip(found, photographs or []):
+        explanation.photograph = photograph
+    return found[0] if is_photograph(images) else found
+
+
 def explainable_ids(vocabulary, words):
-    """The token ids of a caption's words.
+    """The token ids of a caption's words, a sequence of strings or one text.
 
     UserError if there is no word, or for all words that the captioner cannot say, each with those
     of its words that are spelt most like it.
     """
-    if isinstance(words, str):
-        raise UserError(f"a caption is a sequence of words, and '{words}' is one text; split it")
-    words = list(words)
+    words = tokenize(words) if isinstance(words, str) else list(words)
     if not words:
         raise UserError("there is no word to explain in an empty caption")
     token_ids = vocabulary.encode(words)

@@ -19,6 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from lrp_utils import is_relu6
 
+# What the values of a method's image maps are: they speak for a word and against it; their sign
+# says nothing, only their size does; or none is below zero.
+SIGNED = "signed"
+SIZE = "size"
+NON_NEGATIVE = "non-negative"
+
 
 class GuidedReLU(TorchFunctionMode):
     """`with GuidedReLU():` makes every ReLU called inside let back only positive gradients.

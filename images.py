@@ -36,6 +36,30 @@ def image_files(folder):
     return files
 
 
+def is_photograph(image):
+    """Whether this is one photograph: the name of its file, or a PIL image."""
+    return isinstance(image, (str, os.PathLike, Image.Image))
+
+
+def photographs_of(images):
+    """The RGB PIL images of one photograph or of a list of them; None for anything else.
+
+    A photograph is the name of its file, or a PIL image. UserError for a file that cannot be read,
+    and for a list that holds something else.
+    """
+    if is_photograph(images):
+        images = [images]
+    if not isinstance(images, (list, tuple)):
+        return None
+    found = []
+    for image in images:
+        if not is_photograph(image):
+            kind = type(image).__name__
+            raise UserError(f"a photograph is the name of a file or a PIL image, not a {kind}")
+        found.append(_to_rgb(image) if isinstance(image, Image.Image) else load_image(image))
+    return found
+
+
 def load_image(path):
     """The image in `path` as an 8-bit RGB PIL image, upright as its EXIF tag says, transparency
     laid on white.

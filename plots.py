@@ -1,6 +1,8 @@
 """The figures: heat maps over images, a figure of one explanation, several methods compared, the
 curves of correctness, and those of a training.
 
+An *Explanation* here is anything that has the fields of explanation.Explanation.
+
 In a heat map of a method whose sign means something, red speaks for a word and blue against it. The
 maps of other methods go from white to purple. White is always zero.
 """
@@ -9,6 +11,7 @@ import functools
 import math
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,7 +25,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from commandline import write_atomically
-from explanation import NON_NEGATIVE, SIGNED, SIZE, Explanation
+from gradient_utils import NON_NEGATIVE, SIGNED, SIZE
 
 # From ColorBrewer (Harrower and Brewer 2003): RdBu without its darkest ends, and Purples. People
 # who confuse red with green tell these colours apart. The odd number keeps a white in the middle.
@@ -47,6 +50,7 @@ LARGEST = 640  # pixels of the longer side of an image in a figure
 
 SCALES = ("caption", "word")  # what shares one scale: all words of a caption, or none
 
+FIGURE_ENDINGS = (".png", ".pdf", ".svg")
 DOTS_PER_INCH = 120
 TEXT_AS_TEXT = {"pdf.fonttype": 42, "svg.fonttype": "none"}  # by default it becomes outlines
 # All that follows is in inches.
@@ -180,7 +184,7 @@ class Drawing:
     """
 
     photograph: Image.Image
-    explanation: Explanation
+    explanation: Any
     maps: np.ndarray
     map_scales: np.ndarray
     word_scales: np.ndarray

@@ -36,12 +36,13 @@ from explanation import (
     SIGNED,
     Explanation,
     exact_convolutions,
+    explain_photographs,
     method_for,
     needs_any_captioner,
     word_gradients,
 )
 from gradient_utils import enlarge, gradient, input_x_gradient
-from images import renormalized
+from images import is_photograph, photographs_of, renormalized
 from lrp_utils import TransformerLRP
 from relevancy_utils import (
     EQUAL,
@@ -490,27 +491,30 @@ class PretrainedCaptioner(ABC):
         return self.text_config.max_position_embeddings
 
     def pixels_of(self, images):
-        """The model's own pixels (B, 3, S, S) of ImageNet-normalised images, or of PIL images.
+        """The model's own pixels (B, 3, S, S) of ImageNet-normalised images, or of photographs.
 
-        PIL images are cut and resized as the model was published, tensors are as they are.
+        Photographs are cut and resized as the model was published, tensors are as they are.
         """
-        if isinstance(images, torch.Tensor):
+        photographs = photographs_of(images)
+        if photographs is None:
             self.encoder.check_inputs(images)
             pixels = self.encoder.own_pixels(images.clone())
         else:
-            pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
+            pixels = self.processor(photographs, return_tensors="pt")["pixel_values"]
         return pixels.to(self.device, self.model.dtype)
 
     @torch.no_grad()
     def caption(self, images, method="beam", beam_size=3, max_length=None, strip=()):
-        """Images (B, 3, S, S), ImageNet-normalised, or PIL images -> B captions, lists of words.
+        """Images (B, 3, S, S), ImageNet-normalised, or photographs -> B captions, lists of words.
 
-        method: "beam" or "greedy"; max_length: sub-words; strip: names of decoding.STRIP to apply.
+        Photographs are a list of PIL images or of names of files; of a single one the result is its
+        caption. method: "beam" or "greedy"; max_length: sub-words; strip: names of decoding.STRIP
+        to apply.
         """
         captions = []
         for ids in self._decoded(self.pixels_of(images), method, beam_size, max_length):
             captions.append(stripped(self.words_of(ids)[0], strip))
-        return captions
+        return captions[0] if is_photograph(images) else captions
 
     @torch.no_grad()
     def _decoded(self, pixels, method="beam", beam_size=3, max_length=None):
@@ -559,11 +563,7 @@ class PretrainedCaptioner(ABC):
 
     def sub_words(self, words):
         """The token ids of a caption's words; UserError if there is none, or one is not known."""
-        if isinstance(words, str):
-            raise UserError(
-                f"a caption is a sequence of words, and '{words}' is one text; split it"
-            )
-        words = list(words)
+        words = words.split() if isinstance(words, str) else list(words)
         if not words:
             raise UserError("there is no word to explain in an empty caption")
         for word in words:
@@ -582,15 +582,24 @@ class PretrainedCaptioner(ABC):
     def explain(self, images, captions=None, method="attnlrp"):
         """Explain every word of a caption of every image: B Explanations.
 
-        images: (B, 3, S, S), ImageNet-normalised, or PIL images; captions: B sequences of words, or
-        None to decode them first (3 beams); method: one of METHODS. See the top of this file for
-        what is said of words of several sub-words, and explanation.Explanation for the fields.
+        images: (B, 3, S, S), ImageNet-normalised, or photographs, as for `caption`; captions: B
+        sequences of words, or None to decode them first (3 beams); of a single photograph its own
+        caption, and the result is its Explanation; method: one of METHODS. See the top of this file
+        for what is said of words of several sub-words, and explanation.Explanation for the fields.
         Heat maps are of the pixels that the model sees. `extra` holds "class_relevance" (T,), of
         image tokens that are no patch, and "own_relevance" (T,).
 
         UserError as of explanation.explain. The words of an Explanation are as the tokenizer takes
         a caption apart.
         """
+
+        def explained(images, captions):
+            return self._explain(images, captions, method)
+
+        return explain_photographs(images, captions, explained)
+
+    def _explain(self, images, captions, method):
+        """The Explanations of several images; see `explain`."""
         chosen = method_for(self, method)
         pixels = self.pixels_of(images)
         if captions is None:
@@ -602,6 +611,7 @@ class PretrainedCaptioner(ABC):
         explanations = []
         for row, ids in enumerate(token_ids):
             explanations.append(self._explain_one(pixels[row : row + 1], ids, chosen))
+            explanations[-1].method = method
         return explanations
 
     def _explain_one(self, pixels, ids, method):

@@ -498,7 +498,6 @@ def test_mistakes_are_one_line(captioners, images):
         ((images[:1, :, :4], caption), r"images of shape \(B, 3, 8, 8\)"),
         ((images, caption), "2 images need as many captions, not 1"),
         ((images[:1], [["a", "cat"]]), "the word 'cat' is not in"),
-        ((images[:1], ["a dog"]), "split it"),
         ((images[:1], [[]]), "no word to explain"),
         ((images[:1], [["a"] * 21]), "21 sub-words, and 20"),
     ]:
