@@ -10,8 +10,9 @@
     torchrun --nproc_per_node=4 explain.py photos                   # 4 processes share the images
 
 For each image and method it writes NAME-METHOD.png (a figure), NAME-METHOD.npz (the relevance maps,
-not normalised) and NAME-METHOD.json; for several methods also NAME-methods.png. NAME is that of the
-image and, where they are given, of the checkpoint, of the caption and of the words to draw.
+not normalised) and NAME-METHOD.json; for several methods also NAME-methods.png. NAME.html is a page
+to look at in a browser, of all words and methods. NAME is that of the image and, where they are
+given, of the checkpoint, of the caption and of the words to draw.
 
 An image that cannot be read does not stop the others. It is told at the end, with exit code 2.
 """
@@ -51,6 +52,7 @@ from commandline import (
 from decoding import add_decoding_flags, decoding_options
 from explanation import method_for
 from images import IMAGE_ENDINGS, image_files, image_transform, load_image
+from page import Entry, entry_data, write_page
 from plots import (
     FIGURE_ENDINGS,
     SCALES,
@@ -119,6 +121,12 @@ FLAGS = [
         metavar="FILE",
         shown="none",
     ),
+    Flag(
+        "html",
+        "also write one page of all images into this file, .html",
+        metavar="FILE",
+        shown="a page for each image",
+    ),
     Flag("output", "folder for what is written", default="explanations"),
 ]
 
@@ -132,6 +140,7 @@ class Wanted:
     words     the words to draw, or None for all
     scale     what shares one scale of colours, one of plots.SCALES
     figure    the file of a figure of words and methods, or None
+    html      the file of a page of all images, or None
     decoding  options of the captioner's own caption
     """
 
@@ -140,6 +149,7 @@ class Wanted:
     words: list | None
     scale: str
     figure: Path | None
+    html: Path | None
     decoding: dict
 
 
@@ -229,6 +239,13 @@ def check_figure(figure, paths, captioners):
     check_output_folder(figure.parent)
 
 
+def check_page(path):
+    """Raise a UserError for a file that --html must not name."""
+    if path.suffix.lower() != ".html" or path.is_dir():
+        raise UserError(f"--html '{path}' is not the name of a file that ends in .html")
+    check_output_folder(path.parent)
+
+
 def what_is_wanted(args, decoding):
     """The Wanted of parsed flags; UserError for words that are none, or not in --caption."""
     methods = {name: name for name in args.method}
@@ -236,8 +253,9 @@ def what_is_wanted(args, decoding):
         methods["lrp"] = "attnlrp"
     caption = None if args.caption is None else tokenize(args.caption)
     figure = None if args.figure is None else Path(args.figure)
+    page = None if args.html is None else Path(args.html)
     if args.words is None:
-        return Wanted(methods, caption, None, args.scale, figure, decoding)
+        return Wanted(methods, caption, None, args.scale, figure, page, decoding)
     words = tokenize(" ".join(args.words))
     if not words:
         raise UserError("--words gives no word to draw")
@@ -245,7 +263,7 @@ def what_is_wanted(args, decoding):
         for word in words:
             if word not in caption:
                 raise UserError(f"--caption has no word '{word}' to draw")
-    return Wanted(methods, caption, words, args.scale, figure, decoding)
+    return Wanted(methods, caption, words, args.scale, figure, page, decoding)
 
 
 def main():
@@ -257,6 +275,8 @@ def main():
     paths, failures = find_images(args.images)
     if wanted.figure is not None:
         check_figure(wanted.figure, paths, len(args.checkpoint))
+    if wanted.html is not None:
+        check_page(wanted.html)
     total = len(paths) + len(failures)
     set_seed(args.seed)
     device = distributed.own_device(args.device)
@@ -265,10 +285,16 @@ def main():
     for speaker in speakers:
         check_regions(speaker.captioner, paths, args.regions)
     with distributed.job(device):
-        failed, drawn = explain_images(speakers, paths, args.regions, wanted, Path(args.output))
+        failed, drawn, entries = explain_images(
+            speakers, paths, args.regions, wanted, Path(args.output)
+        )
         failures |= distributed.gathered(failed)
         drawn = distributed.gathered(drawn)
+        entries = distributed.gathered(entries)
     if distributed.is_main():
+        if entries:
+            in_order = [entries[path] for path in paths if path in entries]
+            print(f"all images in {write_page(wanted.html, in_order)}")
         undrawn = [word for word in wanted.words or [] if word not in drawn]
         report(failures, undrawn, total)
 
@@ -384,27 +410,70 @@ def check_regions(captioner, images, regions):
 def explain_images(speakers, paths, regions, wanted, output):
     """Explain this process's part of the images, and write the explanations into a folder.
 
-    regions: files of bottom-up features, or None. Returns {path: why it was not explained}, and
-    {word: True} of the words that were drawn.
+    regions: files of bottom-up features, or None. Returns {path: why it was not explained}, {word:
+    True} of the words that were drawn, and for a page of all images {path: its `page.entry_data`}.
     """
     names = output_names(paths)
-    asked = [mark_of(wanted.caption), mark_of(wanted.words, "only")]
     failures = {}
     drawn = {}
+    entries = {}
     with progress_bar(len(paths)) as bar:
         for start in distributed.shared(range(0, len(paths), EXPLAINED_AT_ONCE)):
             batch = slice(start, start + EXPLAINED_AT_ONCE)
             own = regions[batch] if regions else None
             photographs, failed = read_photographs(paths[batch], own)
             failures |= failed
-            for speaker in speakers:
-                for photograph, found in explain(speaker.captioner, photographs, wanted):
-                    parts = [names[photograph.path], speaker.mark, *asked]
-                    stem = output / "-".join(filter(None, parts))
-                    words = write_explanations(stem, photograph, found, wanted, speaker.about)
-                    drawn |= dict.fromkeys(words, True)
+            stems = {path: output / names[path] for path in paths[batch]}
+            words, shown = explain_photographs(speakers, photographs, stems, wanted)
+            drawn |= dict.fromkeys(words, True)
+            entries |= shown
             bar.update(len(paths[batch]) * distributed.world_size())
-    return failures, drawn
+    return failures, drawn, entries
+
+
+def explain_photographs(speakers, photographs, stems, wanted):
+    """Explain a few Photographs by all Speakers, and write their files and pages.
+
+    stems: {path: what the names of its files begin with}. Returns the words that were drawn, and
+    for a page of all images {path: its `page.entry_data`}.
+    """
+    asked = [mark_of(wanted.caption), mark_of(wanted.words, "only")]
+    drawn = []
+    layers = {}  # {path: {what it is called on the page: Explanation}}
+    for speaker in speakers:
+        for photograph, found in explain(speaker.captioner, photographs, wanted):
+            stem = marked(stems[photograph.path], [speaker.mark, *asked])
+            words = write_explanations(stem, photograph, found, wanted, speaker.about)
+            drawn += words
+            for name, explanation in found.items() if words else ():
+                if len(speakers) > 1:
+                    name = f"{name}, {Path(speaker.about['checkpoint']).stem}"
+                layers.setdefault(photograph.path, {})[name] = explanation
+    marks = [speaker.mark for speaker in speakers]
+    entries = {}
+    for photograph in photographs:
+        path = photograph.path
+        if path not in layers:
+            continue
+        entry = entry_data(Entry(path.name, photograph.image, layers[path], page_boxes(photograph)))
+        file = extended(marked(stems[path], [*marks, *asked]), ".html")
+        tqdm.write(f"{path}: page for a browser in {write_page(file, [entry], path.name)}")
+        if wanted.html is not None:
+            entries[path] = entry
+    return drawn, entries
+
+
+def marked(stem, marks):
+    """The beginning of files' names, with what tells it from others; empty marks are left out."""
+    return extended(stem, "".join(f"-{mark}" for mark in marks if mark))
+
+
+def page_boxes(photograph):
+    """The boxes of a Photograph of regions as a page shows them."""
+    boxes = []
+    for number, corners in enumerate([] if photograph.boxes is None else photograph.boxes.tolist()):
+        boxes.append((str(number + 1), *corners))
+    return boxes
 
 
 def progress_bar(images):

@@ -7,7 +7,7 @@ A method is a row of `METHODS`. `propagate` runs it: one forward, teacher-forced
 and one backward for all words of all images of a batch.
 """
 
-import io
+import html
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -132,7 +132,7 @@ class Explanation:
     method            its name
     photograph        a PIL image, if the captioner was given one or its file, else None
 
-    In a notebook it shows itself as its figure.
+    In a notebook it shows itself as a page, in which one points at words.
     """
 
     words: list
@@ -165,31 +165,50 @@ class Explanation:
         """
         from plots import explanation_figure  # matplotlib is slow to import, and often not needed
 
+        return explanation_figure(
+            self._drawn_over(photograph), self, self.positions_of(words), scale
+        )
+
+    def save(self, path, words=None, scale="caption", photograph=None):
+        """Write the figure of `plot` into a .png, .pdf or .svg file, or the page of `to_html` into
+        a .html file; returns the path.
+        """
+        from page import Entry, write_page
+        from plots import FIGURE_ENDINGS, save_figure
+
+        path = Path(path)
+        if path.suffix.lower() == ".html":
+            entry = Entry(path.stem, self._drawn_over(photograph), {self.method: self})
+            return write_page(path, [entry], path.stem)
+        if path.suffix.lower() not in FIGURE_ENDINGS:
+            endings = ", ".join((*FIGURE_ENDINGS, ".html"))
+            raise UserError(
+                f"'{path}' is not the name of a figure or page, which ends in {endings}"
+            )
+        return save_figure(self.plot(words, scale, photograph), path)
+
+    def to_html(self, photograph=None):
+        """A page to look at in a browser, as text: one file that needs no other."""
+        from page import Entry, page
+
+        caption = " ".join(self.words)
+        return page([Entry(caption, self._drawn_over(photograph), {self.method: self})], caption)
+
+    def _repr_html_(self):
+        """What a notebook shows: the page, or the text if there is no photograph to draw over."""
+        if self.photograph is None or not self.words:
+            return None
+        return f'<iframe srcdoc="{html.escape(self.to_html())}" width="100%" height="720"></iframe>'
+
+    def _drawn_over(self, photograph):
+        """The photograph to draw over, a PIL image; UserError if there is none."""
         photograph = photograph or self.photograph
         if photograph is None:
             raise UserError(
                 "this explanation knows no photograph to draw over, because the captioner was "
-                "given a tensor; give it as plot(photograph=...)"
+                "given a tensor; give one as photograph=..."
             )
-        return explanation_figure(photograph, self, self.positions_of(words), scale)
-
-    def save(self, path, words=None, scale="caption", photograph=None):
-        """Write the figure of `plot` into a .png, .pdf or .svg file; returns the path."""
-        from plots import FIGURE_ENDINGS, save_figure
-
-        path = Path(path)
-        if path.suffix.lower() not in FIGURE_ENDINGS:
-            endings = ", ".join(FIGURE_ENDINGS)
-            raise UserError(f"'{path}' is not the name of a figure, which ends in {endings}")
-        return save_figure(self.plot(words, scale, photograph), path)
-
-    def _repr_png_(self):
-        """What a notebook shows; without a photograph to draw over, it shows the text."""
-        if self.photograph is None or not self.words:
-            return None
-        buffer = io.BytesIO()
-        self.plot().savefig(buffer, format="png")
-        return buffer.getvalue()
+        return photograph
 
     def positions_of(self, words):
         """The positions of these words in the caption, or of all for None.

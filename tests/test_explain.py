@@ -47,10 +47,12 @@ def explain(workplace, monkeypatch, *arguments):
 
 
 def files_of(names):
-    """The names of the three files of each explanation."""
+    """The names of the three files of each explanation, and of the image's page."""
     files = set()
     for name in names:
         files.update(f"{name}.{ending}" for ending in ENDINGS)
+        image, _ = name.rsplit("-", 1)
+        files.add(f"{image}.html")
     return files
 
 
@@ -250,7 +252,11 @@ def test_checkpoints_and_captions_have_files_of_their_own(workplace, monkeypatch
     for caption in ("w1 w2", "W2, w1!"):
         explain(workplace, monkeypatch, *arguments, "--caption", caption, "--output", "own")
     stems = ("photo-it-w1_w2", "photo-it-w2_w1", "photo-aoa-w1_w2", "photo-aoa-w2_w1")
-    assert names_in(workplace / "own") == files_of([f"{stem}-lrp" for stem in stems])
+    files = {f"{stem}-lrp.{ending}" for stem in stems for ending in ENDINGS}
+    pages = {"photo-it-aoa-w1_w2.html", "photo-it-aoa-w2_w1.html"}
+    assert names_in(workplace / "own") == files | pages
+    page = (workplace / "own/photo-it-aoa-w1_w2.html").read_text()
+    assert '"name":"lrp, it"' in page and '"name":"lrp, aoa"' in page
     ours = np.load(workplace / "own/photo-it-w1_w2-lrp.npz")
     others = np.load(workplace / "own/photo-aoa-w1_w2-lrp.npz")
     assert (ours["scores"] != others["scores"]).all()
@@ -263,6 +269,19 @@ def test_the_default_checkpoint_has_no_place_in_the_names(workplace, monkeypatch
     )
     explain(workplace, monkeypatch, "photo.jpg", *OWN, "--output", "default")
     assert names_in(workplace / "default") == files_of(["photo-lrp"])
+
+
+def test_one_page_may_hold_all_images(workplace, monkeypatch, capsys):
+    page = workplace / "gallery" / "all.html"
+    arguments = ["photo.jpg", "copy.png", *OWN, "--caption", "w1 w2", "--method", "lrp", "gradcam"]
+    explain(workplace, monkeypatch, *arguments, "--output", "gallery", "--html", page)
+    assert f"all images in {page}" in capsys.readouterr().out
+    text = page.read_text()
+    assert [text.count(f'"name":"{name}"') for name in ("photo.jpg", "copy.png")] == [1, 1]
+    assert text.count('"name":"gradcam"') == 2
+    for name in ("page.txt", "gallery"):
+        with pytest.raises(UserError, match=f"--html '{name}' is not the name of a file that ends"):
+            explain(workplace, monkeypatch, *arguments, "--html", name)
 
 
 def test_long_captions_have_short_names_that_differ():

@@ -13,7 +13,7 @@ FLOORS = [
     ["captiondata"],
     ["pycocoevalcap", "bert"],
     ["readers", "scenes"],
-    ["encoder", "lrp_utils", "gradient_utils", "relevancy_utils", "plots"],
+    ["encoder", "lrp_utils", "gradient_utils", "relevancy_utils", "plots", "page"],
     ["decoding", "explanation"],
     ["basemodel"],
     ["gridTDmodel", "aoamodel", "softattentionmodel", "pretrainedmodel"],

@@ -98,10 +98,12 @@ def test_an_explanation_draws_itself(captioner, files, tmp_path):
     for ending, start in starts.items():
         path = found.save(tmp_path / f"figure{ending}", words=words[1:])
         assert path.read_bytes().startswith(start)
-    assert found._repr_png_().startswith(b"\x89PNG")
+    page = found.save(tmp_path / "page.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and words[1] in page
+    assert found._repr_html_().startswith('<iframe srcdoc="&lt;!DOCTYPE html')
     with pytest.raises(UserError, match="the caption has no word 'cat'"):
         found.plot(words=["cat"])
-    with pytest.raises(UserError, match="'figure.txt' is not the name of a figure"):
+    with pytest.raises(UserError, match="'figure.txt' is not the name of a figure or page"):
         found.save("figure.txt")
 
 
@@ -109,7 +111,7 @@ def test_without_a_photograph_one_is_asked_for(captioner, files):
     found = captioner.explain(files[0], words_of(captioner), "gradient")
     photograph = found.photograph
     found.photograph = None
-    assert found._repr_png_() is None
+    assert found._repr_html_() is None
     with pytest.raises(UserError, match="knows no photograph to draw over"):
         found.plot()
     assert found.plot(photograph=photograph).axes
