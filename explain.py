@@ -6,6 +6,7 @@
     python explain.py photo.jpg --caption "a dog on the grass"      # not the captioner's own
     python explain.py photo.jpg --method lrp gradcam attention      # several methods side by side
     python explain.py photos --words dog ball                       # draws only these words
+    python explain.py photo.jpg --target cat --position 2           # why not "a cat"?
     python explain.py photo.jpg --words dog --figure figure.pdf     # for a paper
     torchrun --nproc_per_node=4 explain.py photos                   # 4 processes share the images
 
@@ -19,6 +20,7 @@ An image that cannot be read does not stop the others. It is told at the end, wi
 
 import glob
 import hashlib
+import math
 import os
 import sys
 from collections import Counter
@@ -41,6 +43,7 @@ from commandline import (
     UserError,
     add_common_flags,
     add_flags,
+    check_limits,
     check_output_folder,
     extended,
     provenance,
@@ -107,6 +110,20 @@ FLAGS = [
         switch=True,
     ),
     Flag("caption", "explain this caption", shown="the captioner's own"),
+    Flag(
+        "target",
+        "explain this word instead of the caption's word at --position",
+        metavar="WORD",
+        shown="none",
+    ),
+    Flag(
+        "position",
+        "which word of the caption --target stands in for, counted from 1",
+        type=int,
+        limits=(1, math.inf),
+        metavar="T",
+        shown="none",
+    ),
     Flag("words", "draw only these words of the captions", nargs="+", metavar="WORD", shown="all"),
     Flag(
         "scale",
@@ -137,6 +154,7 @@ class Wanted:
 
     methods   {name in the results: method of METHODS}
     caption   the words of the caption, or None for the captioner's own
+    target    (word, position): the word to explain instead of the caption's own, or None
     words     the words to draw, or None for all
     scale     what shares one scale of colours, one of plots.SCALES
     figure    the file of a figure of words and methods, or None
@@ -146,6 +164,7 @@ class Wanted:
 
     methods: dict
     caption: list | None
+    target: tuple | None
     words: list | None
     scale: str
     figure: Path | None
@@ -212,6 +231,10 @@ def check_arguments(args, decoding):
         raise UserError(
             "the flags of decoding are for the captioner's own caption, and --caption gives another"
         )
+    if (args.target is None) != (args.position is None):
+        raise UserError("--target and --position go together: which word, and in place of which")
+    if args.target is not None and args.words is not None:
+        raise UserError("--target draws one word, and --words asks for others")
     if args.through_attention and "lrp" not in args.method:
         raise UserError("--through_attention goes with --method lrp")
     output = Path(args.output)
@@ -248,14 +271,16 @@ def check_page(path):
 
 def what_is_wanted(args, decoding):
     """The Wanted of parsed flags; UserError for words that are none, or not in --caption."""
+    check_limits(vars(args), FLAGS)
     methods = {name: name for name in args.method}
     if args.through_attention:
         methods["lrp"] = "attnlrp"
     caption = None if args.caption is None else tokenize(args.caption)
     figure = None if args.figure is None else Path(args.figure)
     page = None if args.html is None else Path(args.html)
+    target = None if args.target is None else target_of(args.target, args.position)
     if args.words is None:
-        return Wanted(methods, caption, None, args.scale, figure, page, decoding)
+        return Wanted(methods, caption, target, None, args.scale, figure, page, decoding)
     words = tokenize(" ".join(args.words))
     if not words:
         raise UserError("--words gives no word to draw")
@@ -263,7 +288,15 @@ def what_is_wanted(args, decoding):
         for word in words:
             if word not in caption:
                 raise UserError(f"--caption has no word '{word}' to draw")
-    return Wanted(methods, caption, words, args.scale, figure, page, decoding)
+    return Wanted(methods, caption, target, words, args.scale, figure, page, decoding)
+
+
+def target_of(text, position):
+    """(word, position) of --target and --position; UserError for a text that is not one word."""
+    words = tokenize(text)
+    if len(words) != 1:
+        raise UserError(f"--target '{text}' is not one word")
+    return words[0], position
 
 
 def main():
@@ -379,6 +412,8 @@ def check_wanted(speakers, wanted):
             method_for(speaker.captioner, method)
         if wanted.caption is not None:
             speaker.captioner.check_words(wanted.caption)
+        if wanted.target is not None:
+            speaker.captioner.check_words([wanted.target[0]])
     for word in wanted.words or []:
         check_known(speakers, word)
 
@@ -438,6 +473,8 @@ def explain_photographs(speakers, photographs, stems, wanted):
     for a page of all images {path: its `page.entry_data`}.
     """
     asked = [mark_of(wanted.caption), mark_of(wanted.words, "only")]
+    if wanted.target is not None:
+        asked.append("{}_at_{}".format(*wanted.target))
     drawn = []
     layers = {}  # {path: {what it is called on the page: Explanation}}
     for speaker in speakers:
@@ -529,14 +566,14 @@ def explain(captioner, photographs, wanted):
         captions = [wanted.caption] * len(photographs)
     spoken = []
     for index, caption in enumerate(captions):
-        if caption:
+        reason = why_unexplained(caption, wanted.target)
+        if reason is None:
             spoken.append(index)
         else:
-            path = photographs[index].path
-            tqdm.write(f"{path}: the captioner says nothing of it, so there is nothing to explain")
+            tqdm.write(f"{photographs[index].path}: {reason}")
     if not spoken:
         return
-    captions = [captions[index] for index in spoken]
+    captions = [with_target(captions[index], wanted.target) for index in spoken]
     found = {}
     for name, method in wanted.methods.items():
         found[name] = captioner.explain(inputs[spoken], captions, method)
@@ -545,6 +582,26 @@ def explain(captioner, photographs, wanted):
         if captioner.encoder.given:
             paint_regions(explanations, photographs[index])
         yield photographs[index], explanations
+
+
+def why_unexplained(caption, target):
+    """Why a caption cannot be explained, or None. target: see `Wanted`."""
+    if not caption:
+        return "the captioner says nothing of it, so there is nothing to explain"
+    if target is not None and target[1] > len(caption):
+        return f"the caption has {len(caption)} words, so --position {target[1]} is none of them"
+    return None
+
+
+def with_target(caption, target):
+    """The caption up to its word at the position of a target, which is replaced; see `Wanted`.
+
+    What follows does not matter, because a word is explained by the words before it.
+    """
+    if target is None:
+        return caption
+    word, position = target
+    return [*caption[: position - 1], word]
 
 
 def network_inputs(encoder, photographs):
@@ -575,6 +632,8 @@ def write_explanations(stem, photograph, explanations, wanted, about):
     for position, word in enumerate(caption):
         if wanted.words is None or word in wanted.words:
             positions.append(position)
+    if wanted.target is not None:
+        positions = positions[-1:]
     if not positions:
         tqdm.write(f"  not drawn, for it has no word {' or '.join(wanted.words)}")
         return []

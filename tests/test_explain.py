@@ -271,6 +271,38 @@ def test_the_default_checkpoint_has_no_place_in_the_names(workplace, monkeypatch
     assert names_in(workplace / "default") == files_of(["photo-lrp"])
 
 
+def test_a_word_that_was_not_said_is_explained_as_if_it_were(workplace, monkeypatch, capsys):
+    caption = ["photo.jpg", *OWN, "--output", "target", "--caption"]
+    explain(workplace, monkeypatch, *caption, "w1 w2 w3", "--target", "W5", "--position", "2")
+    explain(workplace, monkeypatch, *caption, "w1 w5")
+    found = np.load(workplace / "target/photo-it-w1_w2_w3-w5_at_2-lrp.npz")
+    expected = np.load(workplace / "target/photo-it-w1_w5-lrp.npz")
+    assert found["words"].tolist() == ["w1", "w5"]
+    for name in ("scores", "image_relevance", "word_relevance"):
+        assert (found[name] == expected[name]).all()
+    wide = Image.open(workplace / "target/photo-it-w1_w5-lrp.png").size
+    narrow = Image.open(workplace / "target/photo-it-w1_w2_w3-w5_at_2-lrp.png").size
+    assert narrow[0] < wide[0]  # only the target is drawn
+    explain(workplace, monkeypatch, *caption, "w1", "--target", "w5", "--position", "2")
+    assert "the caption has 1 words, so --position 2 is none of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--target", "w1"], "--target and --position go together"),
+        (["--position", "1"], "--target and --position go together"),
+        (["--target", "w1 w2", "--position", "1"], "--target 'w1 w2' is not one word"),
+        (["--target", "cat", "--position", "1"], "the word 'cat' is not in this captioner's"),
+        (["--target", "w1", "--position", "0"], "--position"),
+        (["--target", "w1", "--position", "1", "--words", "w2"], "--target draws one word"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_refused(workplace, monkeypatch, flags, message):
+    with pytest.raises(UserError, match=message):
+        explain(workplace, monkeypatch, "photo.jpg", *OWN, *flags)
+
+
 def test_one_page_may_hold_all_images(workplace, monkeypatch, capsys):
     page = workplace / "gallery" / "all.html"
     arguments = ["photo.jpg", "copy.png", *OWN, "--caption", "w1 w2", "--method", "lrp", "gradcam"]
