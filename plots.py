@@ -8,6 +8,7 @@ maps of other methods go from white to purple. White is always zero.
 """
 
 import functools
+import io
 import math
 import textwrap
 from dataclasses import dataclass
@@ -84,13 +85,22 @@ COLUMNS = (5, 4, 6)  # how many panels may stand in a row, the best first
 SMALL_COLUMNS = 12  # the most words in a row of a comparison
 
 
+class ShownFigure(Figure):
+    """A Figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 class Sheet:
     """A matplotlib Figure on which places are given in inches from its upper left corner."""
 
     def __init__(self, width, height):
         self.width = width
         self.height = height
-        self.figure = Figure(figsize=(width, height))
+        self.figure = ShownFigure(figsize=(width, height))
         FigureCanvasAgg(self.figure)
 
     def axes(self, left, top, width, height):

@@ -6,7 +6,7 @@ the objects in the images. Fine-tune a trained captioner by SCST, by LRP-inferen
                                                 # preparedataset.py made them
     python train.py --dataset coco2017 --encoder vgg16 --finetune_encoder     # from the images
     python train.py --dataset flickr8k --encoder inception_v3 --model_type aoa --preset flickr8k
-                                                # the README's recipe
+                                                # docs/datasets.md
     python train.py --model_type soft           # Show, Attend and Tell, with its doubly stochastic
                                                 # loss
     python train.py --resume checkpoints/scenes-gridtd.last.pt

@@ -326,7 +326,7 @@ SMALLER = {
 
 def commands_in_readme(title):
     """The commands in the code block of a section, each a list: script, flags."""
-    section = (REPOSITORY / "README.md").read_text().partition(f"### {title}\n")[2]
+    section = (REPOSITORY / "docs/datasets.md").read_text().partition(f"## {title}\n")[2]
     block = section.split("```")[1].replace("\\\n", " ")
     return [shlex.split(line)[1:] for line in block.strip().splitlines()]
 
