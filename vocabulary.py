@@ -7,12 +7,14 @@ vocabulary.decode(vocabulary.encode(["a", "dog"]))          # ["a", "dog"]
 from collections import Counter
 from difflib import get_close_matches
 
+import regex
 import torch
-from nltk.tokenize import RegexpTokenizer
 
 from commandline import UserError, read_json, write_json
 
-_TOKENIZER = RegexpTokenizer(r"\w+")
+# As NLTK's RegexpTokenizer(r"\w+"), which takes a second to import. Unlike re, regex does not cut
+# words at vowel signs and accents that are characters of their own.
+_WORD = regex.compile(r"\w+")
 # NLTK's English stop words, which NLTK would have to download: its list of before 2024, 179 words.
 # The later list of 198 adds nothing but contractions such as "they're", which `tokenize` takes
 # apart.
@@ -34,7 +36,7 @@ STOP_WORDS = frozenset(_STOP_WORDS.split())
 def tokenize(caption):
     """The words of a caption: lower case, punctuation separates ("A man's hat." -> a, man, s,
     hat)."""
-    return _TOKENIZER.tokenize(caption.lower())
+    return _WORD.findall(caption.lower())
 
 
 class Vocabulary:

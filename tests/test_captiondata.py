@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nltk.corpus import stopwords
+from nltk.tokenize import RegexpTokenizer
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -75,6 +76,13 @@ def test_tokenize_lowers_and_splits_at_punctuation():
     words = ["a", "man", "s", "red", "hat", "well", "worn"]
     assert tokenize("A man's RED hat, well-worn.") == words
     assert tokenize(" .!? ") == []
+
+
+def test_captions_are_taken_apart_as_by_nltk():
+    reference = RegexpTokenizer(r"\w+")
+    texts = ["A man's hat.", "Zwei Jungen, 3 ÄPFEL_und\n\tein  Ball!", "", "日本語 İstanbul हिन्दी"]
+    for text in texts:
+        assert tokenize(text) == reference.tokenize(text.lower())
 
 
 def test_stop_words_are_nltks():
