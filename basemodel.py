@@ -13,8 +13,9 @@ The same forward serves training, decoding, gradients and LRP; they differ in `r
 E embedding and H hidden units, V words of the vocabulary.
 """
 
+import zipfile
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ from images import image_transform, is_photograph, photographs_of
 from lrp_utils import TRUE_GRADIENT, summed
 
 CHECKPOINT_FORMAT = "image captioner 1"
+LARGEST_SIZE = 10**6  # of what a config says
+# What a checkpoint holds; "training" only if it is of an interrupted one.
+CHECKPOINT_PARTS = {"config": dict, "vocabulary": list, "state_dict": dict, "training": dict}
 CAPTIONED_AT_ONCE = 64  # images
 # Images that the encoder takes at once without gradients; more of them leave a CPU's cache.
 IMAGES_PER_BATCH = {"cpu": 8}
@@ -519,12 +523,14 @@ def widened(parts, width):
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint file; UserError if there is none, or it is something else.
+    """The dict in a checkpoint file; UserError if there is none, it is something else, or damaged.
 
     The path is looked up by `find_checkpoint`.
     """
     try:
-        checkpoint = torch.load(find_checkpoint(path), map_location=device, weights_only=True)
+        file = find_checkpoint(path)
+        require_intact(file)
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; {checkpoints_beside(path)}") from None
     except Exception:  # torch.load raises many kinds for a file that is no checkpoint
@@ -532,7 +538,48 @@ def read_checkpoint(path, device="cpu"):
         raise UserError(message) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
+    problem = what_is_wrong(checkpoint)
+    if problem:
+        raise UserError(f"{path} is damaged, or of another version: {problem}")
     return checkpoint
+
+
+def require_intact(path):
+    """Raise a BadZipFile unless all parts of a checkpoint file have the checksums in it.
+
+    PyTorch writes them (CRC-32) and does not look at them when it loads.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile(path)
+
+
+def _is_size(value, kind):
+    """Whether a value of a checkpoint's config is of the kind of its field, and not absurd."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_SIZE
+    if kind is float:  # an int is as good
+        return isinstance(value, (int, float)) and 0 <= value <= 1  # a probability
+    return isinstance(value, kind)
+
+
+def what_is_wrong(checkpoint):
+    """What is wrong with the dict of a checkpoint, as the end of a message, or None."""
+    for name, kind in CHECKPOINT_PARTS.items():
+        if not isinstance(checkpoint.get(name, kind() if name == "training" else None), kind):
+            return f"its {name} is no {kind.__name__}"
+    known = {row.name: row for row in fields(CaptionerConfig)}
+    for name, value in checkpoint["config"].items():
+        if name not in known or not _is_size(value, known[name].type):
+            return f"its config has {name} {value!r}"
+    if not all(isinstance(word, str) for word in checkpoint["vocabulary"]):
+        return "its vocabulary holds what is no word"
+    for name, tensor in checkpoint["state_dict"].items():
+        if not isinstance(tensor, torch.Tensor):
+            return f"its state_dict has no tensor {name}"
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f"the weights {name} hold a value that is no finite number (NaN or infinity)"
+    return None
 
 
 def checkpoints_beside(path):

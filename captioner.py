@@ -74,16 +74,39 @@ def load_captioner(path, device="cpu", pretrained=True):
         if pretrained and is_pretrained(path):
             return load_pretrained(path, device)
         checkpoint = read_checkpoint(path, device)
-        config = CaptionerConfig(**checkpoint["config"])
-        vocabulary = Vocabulary(checkpoint["vocabulary"])
         try:
-            encoder = Encoder(config.encoder)
+            captioner = captioner_of(checkpoint)
         except UserError as error:
             raise UserError(f"{path} cannot be loaded: {error}") from None
-        captioner = build_captioner(config, vocabulary, encoder)
-        captioner.load_state_dict(checkpoint["state_dict"])
         captioner.encoder.to(memory_format=torch.channels_last)  # twice as fast on CPUs
         return captioner.to(device).eval()
+
+
+def captioner_of(checkpoint):
+    """The captioner of the dict that `read_checkpoint` returns.
+
+    UserError if there is no such captioner, encoder or vocabulary, or the weights do not fit.
+    """
+    config = CaptionerConfig(**checkpoint["config"])
+    vocabulary = Vocabulary(checkpoint["vocabulary"])
+    weights = checkpoint["state_dict"]
+    # Sizes that no memory has room for show here, where nothing is allocated.
+    with torch.device("meta"):
+        expected = build_captioner(config, vocabulary, Encoder(config.encoder)).state_dict()
+    if expected.keys() != weights.keys():
+        name = min(expected.keys() ^ weights.keys())
+        verb = "lacks" if name in expected else "has"
+        raise UserError(f"it {verb} the weights {name}, against what its config says")
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            own = tuple(weights[name].shape)
+            raise UserError(
+                f"the weights {name} have the shape {own}, and not {tuple(tensor.shape)}, as the "
+                "file's config has it"
+            )
+    captioner = build_captioner(config, vocabulary, Encoder(config.encoder))
+    captioner.load_state_dict(weights)
+    return captioner
 
 
 def commands_for(path):

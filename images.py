@@ -101,6 +101,8 @@ def _ends_with(path, end):
 def opened_image(path):
     """The image in `path` as PIL opens it; whatever goes wrong with it is a UserError naming the
     file."""
+    if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe could take for ever
+        raise UserError(f"{path} is no file of an image")
     try:
         with Image.open(path) as image:
             yield image
@@ -111,7 +113,9 @@ def opened_image(path):
 
 
 def _to_rgb(image):
-    """An 8-bit RGB copy of a PIL image of any mode."""
+    """An 8-bit RGB copy of a PIL image of any mode; ValueError for floating-point numbers."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, and nothing says which is white")
     if image.mode.startswith("I"):  # 16 bits a pixel: PIL would clip them to 255 instead of scaling
         grey = (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")

@@ -597,15 +597,15 @@ def is_interrupted_training(path, mode):
         return False
     training = read_checkpoint(path).get("training")
     if mode != CROSS_ENTROPY:
-        return training is not None and training["mode"] == mode
+        return training is not None and training.get("mode") == mode
     if training is None:
         raise UserError(
             "--resume wants the .last.pt file of an interrupted training; "
             "a finished captioner is fine-tuned with --cider_tune or --lrp_tune"
         )
-    if training["mode"] != mode:
+    if training.get("mode") != mode:
         raise UserError(
-            f"{path} is of a fine-tuning; to go on with it give --{training['mode']} too"
+            f"{path} is of a fine-tuning; to go on with it give --{training.get('mode')} too"
         )
     return True
 

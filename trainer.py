@@ -197,7 +197,8 @@ class Trainer:
             self.average.load_state_dict(training["average"])
             self.optimizer.load_state_dict(training["optimizer"])
             self.scheduler.load_state_dict(training["scheduler"])
-        except (RuntimeError, ValueError, KeyError):
+            progress = Progress.from_state(training)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 "the checkpoint to resume is of another captioner; "
                 "give the settings it was trained with"
@@ -207,7 +208,7 @@ class Trainer:
                 f"the cosine of the training to resume takes {self.scheduler.total_steps} steps, "
                 f"not {self.total_steps}; give the settings it was trained with"
             )
-        self.progress = Progress.from_state(training)
+        self.progress = progress
 
     def _check_same_training(self, checkpoint):
         """Raise a UserError if settings, captioner or vocabulary of a checkpoint differ."""
