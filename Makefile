@@ -1,6 +1,7 @@
 # Every target does its own set-up in .venv; only Python 3.11 or newer has to be there.
 #   make demo       explain the captions of three photographs and of two drawn scenes
 #   make explain IMAGE=photo.jpg    explain the caption of a photograph of yours
+#   make figures    make the README's figures again
 #   make check      ruff: style, and what it finds wrong
 #   make test       all tests
 #   make spice      fetch what the SPICE metric needs (390 MB), once, by Maven into data/spice
@@ -12,6 +13,7 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+MADE := explanations/figures
 CORENLP := edu.stanford.nlp:stanford-corenlp:3.6.0
 RHINO := org.mozilla:rhino:1.7.15 org.mozilla:rhino-engine:1.7.15
 SPICE_JARS := $(CORENLP) $(CORENLP):jar:models $(RHINO)
@@ -22,7 +24,7 @@ else ifneq ($(TORCH),)
 $(error TORCH=$(TORCH) is unknown: give TORCH=cpu, or nothing for PyPI's PyTorch)
 endif
 
-.PHONY: demo explain check test spice tuning-experiment scenes clean
+.PHONY: demo explain figures check test spice tuning-experiment scenes clean
 
 demo: .venv/installed
 	$(RUN) explain.py data/photographs/*.jpg
@@ -32,6 +34,16 @@ demo: .venv/installed
 explain: .venv/installed
 	@test -n "$(IMAGE)" || { echo "of which photograph? make explain IMAGE=photo.jpg"; exit 2; }
 	$(RUN) explain.py $(IMAGE)
+
+# correctness.png and scenes.png in docs/ need the scenes: see RESULTS.md and preparedataset.py.
+figures: .venv/installed
+	$(RUN) explain.py data/demo/*.jpg --checkpoint checkpoints/scenes-gridtd.pt --output $(MADE) \
+	    --method lrp guided_gradcam gradcam guided_backprop input_x_gradient attention
+	$(RUN) explain.py data/photographs/camera.jpg --output $(MADE)
+	cp $(MADE)/lamb-scenes-gridtd-lrp.png figures/explained.png
+	cp $(MADE)/umbrella-scenes-gridtd-lrp.png figures/hallucinated.png
+	cp $(MADE)/lamb-scenes-gridtd-methods.png figures/methods.png
+	cp $(MADE)/camera-lrp.png figures/photograph.png
 
 check: .venv/installed
 	.venv/bin/ruff check .
