@@ -85,7 +85,9 @@ def test_every_import_is_a_dependency():
 def test_the_pinned_versions_are_in_the_ranges():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pins = requirements(line for line in lines if not line.startswith("#"))
-    ranges = needed() | requirements(PROJECT["optional-dependencies"]["test"])
+    ranges = needed()
+    for extra in ("test", "browser"):
+        ranges |= requirements(PROJECT["optional-dependencies"][extra])
     assert set(pins) == set(ranges)
     for name, pin in pins.items():
         (version,) = pin.specifier
