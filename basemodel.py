@@ -38,7 +38,6 @@ CHECKPOINT_PARTS = {"config": dict, "vocabulary": list, "state_dict": dict, "tra
 CAPTIONED_AT_ONCE = 64  # images
 # Images that the encoder takes at once without gradients; more of them leave a CPU's cache.
 IMAGES_PER_BATCH = {"cpu": 8}
-DROPOUTS = ("dropout", "embed_dropout", "region_dropout", "attention_dropout")
 
 
 @dataclass

@@ -19,13 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader
-
-from captiondata import CaptionDataset, files_hash
-from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner
 from commandline import (
     CommandLine,
     Flag,
@@ -39,23 +32,33 @@ from commandline import (
     set_seed,
     write_json,
 )
-from encoder import build_encoder
-from experiments import EXPERIMENTS
-from experiments.case import Setting, examine
-from experiments.records import EXAMINED_AT_ONCE
-from explanation import methods_of
-from featurecache import features_path, lay_out, write_rows
-from images import image_transform, load_image
-from objectives import CrossEntropy, ImageLRPInference, LRPInference
-from preparedataset import prepare
-from pycocoevalcap.chair.chair import object_phrases
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.ciderd.ciderd import CiderD
-from readers.coco import COCO_TRAIN
-from scenes import write_scenes
-from train import parse_arguments
-from trainer import TrainingStep, build_optimizer, clip_gradients
-from vocabulary import Vocabulary, padded
+from lateimports import after_parsing, import_what_waits
+
+with after_parsing(globals()):
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader
+
+    from captiondata import CaptionDataset, files_hash
+    from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner
+    from encoder import build_encoder
+    from experiments import EXPERIMENTS
+    from experiments.case import Setting, examine
+    from experiments.records import EXAMINED_AT_ONCE
+    from explanation import methods_of
+    from featurecache import features_path, lay_out, write_rows
+    from images import image_transform, load_image
+    from objectives import CrossEntropy, ImageLRPInference, LRPInference
+    from preparedataset import prepare
+    from pycocoevalcap.chair.chair import object_phrases
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.ciderd.ciderd import CiderD
+    from readers.coco import COCO_TRAIN
+    from scenes import write_scenes
+    from train import parse_arguments
+    from trainer import TrainingStep, build_optimizer, clip_gradients
+    from vocabulary import Vocabulary, padded
 
 WORDS = 10  # words of the explained caption
 VOCABULARY = 10_000
@@ -633,6 +636,7 @@ def main():
     add_common_flags(parser)
     args = parser.parse_args()
     benchmarks = chosen_benchmarks(args)
+    import_what_waits()
     set_seed(args.seed)
     device = choose_device(args.device)
     rows = []

@@ -14,11 +14,11 @@ import torch
 
 from aoamodel import AoACaptioner
 from basemodel import CaptionerConfig, read_checkpoint
-from captiondata import dataset_folder
 from commandline import UserError, find_checkpoint
 from encoder import Encoder
 from explanation import METHODS, Explanation
 from gridTDmodel import AdaptiveCaptioner, GridTDCaptioner
+from prepared import dataset_folder
 from pretrainedmodel import is_pretrained, load_pretrained
 from readers import SOURCES
 from softattentionmodel import SoftAttentionCaptioner

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+
+# PyTorch takes more than a second to import, so only what needs it imports it.
 
 # The captioners that are in the repository, by their paths in it.
 SHIPPED = ("checkpoints/flickr8k.pt", "checkpoints/scenes-gridtd.pt")
@@ -46,6 +47,8 @@ def run(main):
     except (UserError, OSError) as error:
         _exit_with_error((str(error) or repr(error)).splitlines()[-1])
     except RuntimeError as error:
+        import torch
+
         # On a CPU the lack of memory has no class of its own.
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         if not out_of_memory and "not enough memory" not in str(error):
@@ -186,6 +189,8 @@ def choose_device(name=None):
 
     UserError if it cannot be used on this machine.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -199,6 +204,8 @@ def choose_device(name=None):
 
 def set_seed(seed):
     """Seed Python, NumPy and PyTorch (all devices)."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -274,6 +281,8 @@ def write_tensors(path, value):
 
     UserError if there is no room for it.
     """
+    import torch
+
     with write_atomically(path) as temporary:
         try:
             torch.save(value, temporary)
@@ -334,6 +343,8 @@ def provenance(seed=None, checkpoint=None):
 
     It holds the command line, the seed, the versions, and the checkpoint's path and hash.
     """
+    import torch
+
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": seed,

@@ -16,11 +16,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import distributed
-from basemodel import read_checkpoint
-from captiondata import dataset_folder, folder_of, open_split, source_of
-from captioner import METHODS, load_captioner
-from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS, Captions, measure
+import names
 from commandline import (
     CommandLine,
     Flag,
@@ -38,21 +34,31 @@ from commandline import (
     write_atomically,
     write_json,
 )
-from decoding import add_decoding_flags, caption_files, decoding_flags, decoding_options
-from experiments import EXPERIMENTS
-from experiments.captions import (
-    caption_split,
-    captions_of,
-    choose_object_words,
-    training_captions,
-)
-from experiments.case import Setting
-from experiments.records import examine_split, header_of
-from experiments.tables import markdown_table, tables_of
-from images import image_files
-from plots import save_figure
-from pycocoevalcap.chair.chair import object_phrases
-from readers.coco import read_instances, read_predictions, read_references
+from decodingflags import add_decoding_flags, decoding_flags, decoding_options
+from lateimports import after_parsing, import_what_waits
+from prepared import dataset_folder, folder_of, source_of
+
+with after_parsing(globals()):
+    import distributed
+    from basemodel import read_checkpoint
+    from captiondata import open_split
+    from captioner import load_captioner
+    from captionmetrics import Captions, measure
+    from decoding import caption_files
+    from experiments import EXPERIMENTS
+    from experiments.captions import (
+        caption_split,
+        captions_of,
+        choose_object_words,
+        training_captions,
+    )
+    from experiments.case import Setting
+    from experiments.records import examine_split, header_of
+    from experiments.tables import markdown_table, tables_of
+    from images import image_files
+    from plots import save_figure
+    from pycocoevalcap.chair.chair import object_phrases
+    from readers.coco import read_instances, read_predictions, read_references
 
 # A mode is what is measured; the values are what messages call it.
 MODES = {
@@ -78,17 +84,17 @@ FLAGS = [
         "what to measure, one or more",
         default=["captions"],
         type=str,
-        choices=("captions", *EXPERIMENTS, "all"),
+        choices=("captions", *names.EXPERIMENTS, "all"),
         nargs="+",
         shown="captions",
         modes=CAPTIONER,
     ),
     Flag(
         "methods",
-        f"explanations for the experiments, of {', '.join(METHODS)}",
+        f"explanations for the experiments, of {', '.join(names.METHODS)}",
         default=["lrp", "gradcam", "guided_gradcam", "attention"],
         type=str,
-        choices=tuple(METHODS),
+        choices=names.METHODS,
         nargs="+",
         metavar="NAME",
         shown="lrp gradcam guided_gradcam attention",
@@ -151,10 +157,10 @@ PREDICTIONS_FLAGS = [
 METRIC_FLAGS = [
     Flag(
         "metrics",
-        f"of {', '.join(METRICS)}",
-        default=list(METRICS),
+        f"of {', '.join(names.METRICS)}",
+        default=list(names.METRICS),
         type=str,
-        choices=tuple(METRICS),
+        choices=names.METRICS,
         nargs="+",
         metavar="NAME",
         shown="all",
@@ -162,7 +168,7 @@ METRIC_FLAGS = [
     Flag(
         "object_words",
         "frequent object words: the paper's lists, or those of the training captions",
-        choices=(*FREQUENT_OBJECT_WORDS, "train"),
+        choices=(*names.FREQUENT_OBJECT_WORDS, "train"),
         shown="by dataset",
     ),
     Flag(
@@ -282,6 +288,7 @@ def metric_options(args):
 def main():
     """Caption a split or a folder, or read captions; measure, print and write; run experiments."""
     args = parse_arguments()
+    import_what_waits()
     set_seed(args.seed)
     if args.predictions:
         evaluate_predictions(args)

@@ -18,6 +18,8 @@ given, of the checkpoint, of the caption and of the words to draw.
 An image that cannot be read does not stop the others. It is told at the end, with exit code 2.
 """
 
+from __future__ import annotations
+
 import glob
 import hashlib
 import math
@@ -28,15 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-import distributed
-from basemodel import Captioner
-from captiondata import load_regions
-from captioner import METHODS, load_captioner
 from commandline import (
     CommandLine,
     Flag,
@@ -52,21 +45,31 @@ from commandline import (
     write_atomically,
     write_json,
 )
-from decoding import add_decoding_flags, decoding_options
-from explanation import method_for
-from images import IMAGE_ENDINGS, image_files, image_transform, load_image
-from page import Entry, entry_data, write_page
-from plots import (
-    FIGURE_ENDINGS,
-    SCALES,
-    comparison_figure,
-    explanation_figure,
-    paint_boxes,
-    save_figure,
-)
-from pretrainedmodel import METHODS as PRETRAINED_METHODS
-from pretrainedmodel import PretrainedCaptioner
-from vocabulary import tokenize
+from decodingflags import add_decoding_flags, decoding_options
+from lateimports import after_parsing, import_what_waits
+from names import FIGURE_ENDINGS, IMAGE_ENDINGS, METHODS, PRETRAINED_METHODS, SCALES
+
+with after_parsing(globals()):
+    import numpy as np
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    import distributed
+    from basemodel import Captioner
+    from captiondata import load_regions
+    from captioner import load_captioner
+    from explanation import method_for
+    from images import image_files, image_transform, load_image
+    from page import Entry, entry_data, write_page
+    from plots import (
+        comparison_figure,
+        explanation_figure,
+        paint_boxes,
+        save_figure,
+    )
+    from pretrainedmodel import PretrainedCaptioner
+    from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
 LONGEST_MARK = 60  # characters that words may add to a file's name
@@ -89,7 +92,7 @@ FLAGS = [
         f"how to explain, one or more of {', '.join(METHODS)}",
         default=["lrp"],
         type=str,
-        choices=tuple(METHODS | PRETRAINED_METHODS),
+        choices=tuple(dict.fromkeys(METHODS + PRETRAINED_METHODS)),
         nargs="+",
         metavar="NAME",
         shown="lrp",
@@ -245,6 +248,7 @@ def check_arguments(args, decoding):
             "into a folder"
         )
     check_output_folder(output)
+    check_limits(vars(args), FLAGS)
 
 
 def check_figure(figure, paths, captioners):
@@ -271,7 +275,6 @@ def check_page(path):
 
 def what_is_wanted(args, decoding):
     """The Wanted of parsed flags; UserError for words that are none, or not in --caption."""
-    check_limits(vars(args), FLAGS)
     methods = {name: name for name in args.method}
     if args.through_attention:
         methods["lrp"] = "attnlrp"
@@ -304,6 +307,7 @@ def main():
     args = build_parser().parse_args(images_first(sys.argv[1:]))
     decoding = decoding_options(args)
     check_arguments(args, decoding)
+    import_what_waits()
     wanted = what_is_wanted(args, decoding)
     paths, failures = find_images(args.images)
     if wanted.figure is not None:

@@ -33,6 +33,7 @@ from gradient_utils import (
 )
 from images import is_photograph, photographs_of
 from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, summed
+from names import FIGURE_ENDINGS
 from vocabulary import padded, tokenize
 
 # Values of relevance maps that are propagated at once (20 maps of 224x224); bounds the memory.
@@ -174,7 +175,7 @@ class Explanation:
         a .html file; returns the path.
         """
         from page import Entry, write_page
-        from plots import FIGURE_ENDINGS, save_figure
+        from plots import save_figure
 
         path = Path(path)
         if path.suffix.lower() == ".html":

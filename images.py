@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from commandline import UserError
+from names import IMAGE_ENDINGS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -18,8 +19,6 @@ CROP_SHAPES = (0.8, 1.25)  # width by height of a random part of an image
 EXIF_ORIENTATION = 0x0112
 # The last bytes of a file of these formats that was not cut short.
 FILE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def image_files(folder):

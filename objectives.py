@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from decoding import greedy, multinomial
 from explanation import METHODS, PIXELS_PER_PASS, propagate
 from lrp_utils import inference_weights, safe_ratio, summed
+from names import CROSS_ENTROPY
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.ciderd.ciderd import CiderD
 from vocabulary import STOP_WORDS, padded, tokenize
-
-CROSS_ENTROPY = "cross_entropy"
-TUNING_MODES = ("cider_tune", "lrp_tune", "lrp_cider_tune")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class ObjectiveConfig:
 
 
 def build_objective(mode, captioner, references, config):
-    """The objective of a mode: CROSS_ENTROPY or one of TUNING_MODES.
+    """The objective of a mode: CROSS_ENTROPY or one of names.TUNING_MODES.
 
     references: for each training image its raw captions, from which SCST's reward is made.
     LRP-inference with lambda 1 is cross-entropy, its baseline. As LRP-inference itself, this has no

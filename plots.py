@@ -27,6 +27,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from commandline import write_atomically
 from gradient_utils import NON_NEGATIVE, SIGNED, SIZE
+from names import SCALES
 
 # From ColorBrewer (Harrower and Brewer 2003): RdBu without its darkest ends, and Purples. People
 # who confuse red with green tell these colours apart. The odd number keeps a white in the middle.
@@ -49,9 +50,6 @@ CLIP_PERCENTILE = 99.8
 BLUR = 0.012
 LARGEST = 640  # pixels of the longer side of an image in a figure
 
-SCALES = ("caption", "word")  # what shares one scale: all words of a caption, or none
-
-FIGURE_ENDINGS = (".png", ".pdf", ".svg")
 DOTS_PER_INCH = 120
 TEXT_AS_TEXT = {"pdf.fonttype": 42, "svg.fonttype": "none"}  # by default it becomes outlines
 # All that follows is in inches.

@@ -17,7 +17,7 @@ The raw files are read by readers/, and what is written here is read by captiond
 import math
 from pathlib import Path
 
-from captiondata import cache_features, read_info, source_of, write_dataset
+import names
 from commandline import (
     CommandLine,
     Flag,
@@ -31,9 +31,14 @@ from commandline import (
     run,
     set_seed,
 )
-from encoder import CutEncoder, build_encoder
-from readers import SOURCES, read_raw, require_folder
-from scenes import draw_scenes
+from lateimports import after_parsing, import_what_waits
+from prepared import read_info, source_of
+
+with after_parsing(globals()):
+    from captiondata import cache_features, write_dataset
+    from encoder import CutEncoder, build_encoder
+    from readers import SOURCES, read_raw, require_folder
+    from scenes import draw_scenes
 
 DROPPED = {  # the counts of what is left out, and why
     "captions_dropped_empty": "captions without a word",
@@ -41,7 +46,6 @@ DROPPED = {  # the counts of what is left out, and why
     "images_dropped_without_caption": "images left without a caption",
 }
 MANY_UNKNOWN = 0.1  # the share of <unk> among the words of train that is worth a remark
-OWN = tuple(name for name, source in SOURCES.items() if source.own)
 
 
 def prepare(
@@ -104,7 +108,7 @@ def describe(info):
 
 
 FLAGS = [
-    Flag("dataset", "what to prepare", default="scenes", choices=tuple(SOURCES)),
+    Flag("dataset", "what to prepare", default="scenes", choices=names.SOURCES),
     Flag("root", "folder of the raw dataset", type=Path, shown="for scenes the output folder"),
     Flag(
         "captions",
@@ -112,13 +116,14 @@ FLAGS = [
         type=Path,
         metavar="FILE",
         shown="for karpathy ROOT/dataset_*.json",
-        modes=OWN,
+        modes=names.OWN_SOURCES,
     ),
     Flag(
         "output",
         "folder to write",
         type=Path,
-        shown=f"data/DATASET; for {' and '.join(OWN)} data/NAME, where NAME is ROOT's name",
+        shown=f"data/DATASET; for {' and '.join(names.OWN_SOURCES)} data/NAME, "
+        "where NAME is ROOT's name",
     ),
     Flag(
         "min_word_freq",
@@ -212,11 +217,8 @@ def parse_arguments(argv=None):
     add_common_flags(parser)
     args = parser.parse_args(argv)
     check_limits(vars(args), FLAGS + SCENES_FLAGS)
-    names = {name: f"--dataset {name}" for name in SOURCES}
-    check_modes(parser.given(args), FLAGS + SCENES_FLAGS, args.dataset, names)
-    if args.dataset != "scenes" and not args.root:
-        layout = SOURCES[args.dataset].layout
-        raise UserError(f"--dataset {args.dataset} needs --root, the folder with {layout}")
+    titles = {name: f"--dataset {name}" for name in names.SOURCES}
+    check_modes(parser.given(args), FLAGS + SCENES_FLAGS, args.dataset, titles)
     if args.dataset == "csv" and not args.captions:
         raise UserError("--dataset csv needs --captions, the file with the columns image, caption")
     if (args.features == "bottom_up") != bool(args.regions):
@@ -228,6 +230,10 @@ def parse_arguments(argv=None):
         raise UserError("--smallest_crop goes with --augment K")
     if args.augment and args.regions:
         raise UserError("--augment needs images to jitter, and bottom_up features come without")
+    import_what_waits()
+    if args.dataset != "scenes" and not args.root:
+        layout = SOURCES[args.dataset].layout
+        raise UserError(f"--dataset {args.dataset} needs --root, the folder with {layout}")
     return args
 
 

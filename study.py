@@ -21,10 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import train
-from captiondata import CaptionDataset, dataset_folder, open_split
-from captioner import load_captioner
-from captionmetrics import frequent_words
 from commandline import (
     CommandLine,
     Flag,
@@ -39,16 +35,24 @@ from commandline import (
     write_atomically,
     write_json,
 )
-from decoding import decode_split
-from experiments import EXPERIMENTS, sign
-from experiments.captions import captions_of, training_captions
-from experiments.captionscores import image_records
-from experiments.case import Setting
-from experiments.hypotheses import METRICS, explained_record
-from experiments.records import examine_split, header_of
-from experiments.report import report
-from plots import save_figure
-from pycocoevalcap.chair.chair import object_phrases
+from lateimports import after_parsing, import_what_waits
+from prepared import dataset_folder
+
+with after_parsing(globals()):
+    import train
+    from captiondata import CaptionDataset, open_split
+    from captioner import load_captioner
+    from captionmetrics import frequent_words
+    from decoding import decode_split
+    from experiments import EXPERIMENTS, sign
+    from experiments.captions import captions_of, training_captions
+    from experiments.captionscores import image_records
+    from experiments.case import Setting
+    from experiments.hypotheses import METRICS, explained_record
+    from experiments.records import examine_split, header_of
+    from experiments.report import report
+    from plots import save_figure
+    from pycocoevalcap.chair.chair import object_phrases
 
 RESULTS = Path("results/study")
 WORK = Path("checkpoints/study")
@@ -75,12 +79,7 @@ SCST_FLAGS = ["--scst_baseline", "others", "--batch_size", "20"]
 SCST_ARMS = ("scst", "lrp_scst")
 AT_PAPERS_RATE = ("continued", "lrp")  # always run at the paper's rate too
 METHODS = ["lrp", "gradcam", "guided_gradcam", "attention"]
-EXPLAINED = {
-    "word_ablation": EXPERIMENTS["word_ablation"],
-    "correctness": EXPERIMENTS["correctness"],
-    "hallucination": EXPERIMENTS["hallucination"],
-    "sign": sign.EXPERIMENT,
-}
+EXPLAINED = ("word_ablation", "correctness", "hallucination")  # and the sign of relevance
 CRITERION = "micro F1"  # on dev, for the learning rates
 FLAGS = [
     Flag("prepared", "the prepared folder, or its name under data/", "flickr8k-dev"),
@@ -435,9 +434,10 @@ def explain_final(unit, plan):
     categories = dataset.info["categories"]
     words = frequent_words(training_captions(dataset), categories)
     setting = Setting(captioner, METHODS, object_phrases(categories), words)
-    header = header_of(checkpoint, dataset, EXPLAINED, setting)
+    experiments = {name: EXPERIMENTS[name] for name in EXPLAINED} | {"sign": sign.EXPERIMENT}
+    header = header_of(checkpoint, dataset, experiments, setting)
     path = plan.work(unit) / "explanations.jsonl"
-    records = examine_split(dataset, EXPLAINED, setting, path, header, workers=0)
+    records = examine_split(dataset, experiments, setting, path, header, workers=0)
     result = {
         **provenance(unit.seed),
         "captioner": unit.captioner,
@@ -552,6 +552,7 @@ def parse_arguments(arguments=None):
 def main(arguments=None):
     """Run the units, list them, or report."""
     args, units = parse_arguments(arguments)
+    import_what_waits()
     folder = dataset_folder(args.prepared)
     # The tables need no prepared folder: they are made from the results alone.
     scenes = bool(units) and read_json(folder / "info.json")["name"] == "scenes"

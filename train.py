@@ -25,21 +25,12 @@ to go on, to checkpoints/NAME.last.pt. The figures of each epoch are a line of
 checkpoints/NAME.jsonl and a point of the curves in checkpoints/NAME.training.png.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import torch
-
-import distributed
-from basemodel import DROPOUTS, read_checkpoint
-from captiondata import CaptionDataset, dataset_folder, folder_of, read_info, source_of
-from captioner import (
-    MODELS,
-    CaptionerConfig,
-    build_captioner,
-    load_captioner,
-)
 from commandline import (
     COMMON_FLAGS,
     CommandLine,
@@ -54,25 +45,36 @@ from commandline import (
     run,
     set_seed,
 )
-from decoding import add_decoding_flags, decoding_options
-from encoder import ENCODERS, CutEncoder, build_encoder, encoder_spec, has_learnt
-from featurecache import cached_encoders, encoder_path, features_path, versions_of
-from images import image_transform
-from objectives import (
-    CROSS_ENTROPY,
-    LRP_CONTROLS,
-    TUNING_MODES,
-    ObjectiveConfig,
-    build_objective,
-)
-from trainer import (
-    SCHEDULES,
-    Trainer,
-    TrainingConfig,
-    cache_in_memory,
-    pretrain_encoder,
-    show_overview,
-)
+from decodingflags import add_decoding_flags, decoding_options
+from lateimports import after_parsing, import_what_waits
+from names import CROSS_ENTROPY, DROPOUTS, ENCODERS, LRP_CONTROLS, MODELS, SCHEDULES, TUNING_MODES
+from prepared import dataset_folder, folder_of, read_info, source_of
+
+with after_parsing(globals()):
+    import torch
+
+    import distributed
+    from basemodel import read_checkpoint
+    from captiondata import CaptionDataset
+    from captioner import (
+        CaptionerConfig,
+        build_captioner,
+        load_captioner,
+    )
+    from encoder import CutEncoder, build_encoder, encoder_spec, has_learnt
+    from featurecache import cached_encoders, encoder_path, features_path, versions_of
+    from images import image_transform
+    from objectives import (
+        ObjectiveConfig,
+        build_objective,
+    )
+    from trainer import (
+        Trainer,
+        TrainingConfig,
+        cache_in_memory,
+        pretrain_encoder,
+        show_overview,
+    )
 
 FROM_START = (CROSS_ENTROPY,)
 SCST_MODES = ("cider_tune", "lrp_cider_tune")
@@ -89,7 +91,8 @@ FRACTION = (0, 1)
 
 def known_encoder(name):
     """The name of an encoder; UserError if there is none of that name."""
-    encoder_spec(name)
+    if name not in ENCODERS:
+        encoder_spec(name)
     return name
 
 
@@ -369,7 +372,7 @@ TUNING_FLAGS = [
         "what takes the place of relevance in the last layer: nothing does; the same weights, "
         "permuted over the units, or of another word; the size of the unit; one number a word",
         "none",
-        choices=tuple(LRP_CONTROLS),
+        choices=LRP_CONTROLS,
         modes=("lrp_tune",),
         repeated=True,
     ),
@@ -468,6 +471,7 @@ def parse_arguments(arguments=None):
         raise UserError("--lrp_control goes with --lrp_form last_layer only")
     if args.scst_baseline == "others" and args.samples < 2:
         raise UserError("--scst_baseline others needs at least 2 --samples")
+    import_what_waits()
     return build_options(args, mode, folder, given)
 
 

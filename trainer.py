@@ -35,7 +35,8 @@ from commandline import (
 )
 from decoding import decode_split
 from encoder import CutEncoder
-from objectives import CROSS_ENTROPY, SCST
+from names import CROSS_ENTROPY
+from objectives import SCST
 from plots import save_figure, training_figure
 
 ADAM_BETA2 = 0.999
@@ -47,14 +48,13 @@ MEMORY_FRACTION = 0.7  # of a GPU's free memory, or of all of the machine's, for
 CHECK_EVERY = 50  # steps after which the losses are read; reading them waits for the GPU
 TRAINING_DOTS_PER_INCH = 120  # of the curves
 NARROWEST_COLUMN = 8  # characters, of the table of epochs
-SCHEDULES = ("plateau", "cosine", "constant")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How a captioner is trained.
 
-    mode              what is minimised: CROSS_ENTROPY, or one of objectives.TUNING_MODES. A
+    mode              what is minimised: CROSS_ENTROPY, or one of names.TUNING_MODES. A
                       fine-tuning validates what it starts from, and keeps the last captioner
                       instead of the one with the best CIDEr
     epochs            passes over the training images
@@ -63,8 +63,8 @@ class TrainingConfig:
     decoder_lr        learning rate of all but the encoder
     finetune_encoder  whether the encoder is trained too, with the learning rate encoder_lr
     finetune_from     the stage from which on it is; the statistics of batch-norms stay as they are
-    schedule          one of SCHEDULES: "plateau" lowers the learning rates after epochs without a
-                      gain in CIDEr, "cosine" is one cycle
+    schedule          one of names.SCHEDULES: "plateau" lowers the learning rates after epochs
+                      without a gain in CIDEr, "cosine" is one cycle
     adam_beta1        Adam's decay of the mean gradient
     grad_clip         clamp every gradient to +- this value; 0: do not
     grad_norm         scale the gradients down to this norm; 0: do not
@@ -583,7 +583,7 @@ def numbers_in(group):
 
 
 def build_scheduler(optimizer, schedule, total_steps):
-    """The schedule of an optimizer's learning rates; schedule: one of SCHEDULES."""
+    """The schedule of an optimizer's learning rates; schedule: one of names.SCHEDULES."""
     if schedule == "cosine":
         return one_cycle(optimizer, total_steps)
     if schedule == "constant":

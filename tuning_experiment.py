@@ -20,11 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from captiondata import CaptionDataset
-from captioner import load_captioner
-from captionmetrics import frequent_words, measure
 from commandline import (
     CommandLine,
     Flag,
@@ -36,9 +31,17 @@ from commandline import (
     run,
     write_json,
 )
-from decoding import decode_split
-from experiments.captions import captions_of, training_captions
-from featurecache import features_path
+from lateimports import after_parsing, import_what_waits
+
+with after_parsing(globals()):
+    import torch
+
+    from captiondata import CaptionDataset
+    from captioner import load_captioner
+    from captionmetrics import frequent_words, measure
+    from decoding import decode_split
+    from experiments.captions import captions_of, training_captions
+    from featurecache import features_path
 
 ENCODER = "scenes_vgg"
 SOURCE = "checkpoints/scenes-gridtd.pt"
@@ -363,6 +366,7 @@ def main():
     add_flags(parser, FLAGS)
     args = parser.parse_args()
     check_limits(vars(args), FLAGS)
+    import_what_waits()
     torch.set_num_threads(1)
     if not args.table:
         length = Length(args.epochs, args.iterations)

@@ -10,7 +10,6 @@ images and, where there are several, the same trainings.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student_t
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -230,6 +229,8 @@ def crossed_contrast(first, second):
 
 def _t_estimate(value, variance, freedom, tested=True):
     """The Estimate of a normal value with this variance and its degrees of freedom."""
+    from scipy.stats import t as student_t  # slow to import, and for the replication only
+
     error = float(np.sqrt(variance))
     half = student_t.ppf(1 - LEVEL / 2, freedom) * error
     inner = student_t.ppf(1 - LEVEL, freedom) * error

@@ -14,10 +14,11 @@ from nltk.tokenize import RegexpTokenizer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from captiondata import CaptionDataset, dataset_folder, files_hash, open_split
+from captiondata import CaptionDataset, files_hash, open_split
 from commandline import UserError, write_json
 from featurecache import features_path, lay_out, versions_of, write_rows
 from images import image_transform, load_image
+from prepared import dataset_folder
 from vocabulary import STOP_WORDS, Vocabulary, tokenize
 
 RED = (255, 0, 0)

@@ -15,12 +15,9 @@ from captioner import load_captioner
 from commandline import UserError
 from decoding import (
     DECODERS,
-    OPTIONS,
-    add_decoding_flags,
     beam_search,
     decode,
     decode_split,
-    decoding_options,
     diverse_beam_search,
     draw,
     greedy,
@@ -31,6 +28,7 @@ from decoding import (
     strip_bad_endings,
     strip_repeats,
 )
+from decodingflags import OPTIONS, add_decoding_flags, decoding_options
 from images import image_transform, load_image
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,9 @@ from fixtures import prepared_scenes
 from helpers import random_captioner
 
 import distributed
-from basemodel import DROPOUTS, read_checkpoint
+from basemodel import read_checkpoint
 from commandline import UserError
+from names import DROPOUTS
 from vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,12 +11,13 @@ from helpers import random_captioner
 from oracle_metrics import slow_cider_d
 
 import train
-from basemodel import DROPOUTS, read_checkpoint
+from basemodel import read_checkpoint
 from captiondata import CaptionDataset
 from captioner import METHODS, MODELS, load_captioner
 from commandline import UserError
 from explanation import propagate
 from lrp_utils import EPSILON, inference_weights, summed
+from names import DROPOUTS
 from objectives import (
     LRP_CONTROLS,
     SCST,
