@@ -53,6 +53,7 @@ class Method:
     relevance  a function of (leaves, gradients, attention, grid), see gradient_utils.py, that
                returns fields of `Explanation`; any other name goes into its `extra`
     pixels     whether the gradient has to go through the encoder
+    backward   whether it needs gradients at all
     leaves     names of further inner values of the captioner (`Rules.leaf`) to get gradients of
     check      a function of a captioner that raises a UserError if the method is not for it
     kind       SIGNED, SIZE or NON_NEGATIVE: how the image maps are to be read
@@ -64,6 +65,7 @@ class Method:
     encoder: Callable
     relevance: Callable
     pixels: bool = True
+    backward: bool = True
     leaves: tuple = ()
     check: Callable = needs_any_captioner
     kind: str = SIGNED
@@ -108,7 +110,14 @@ METHODS = {
     "guided_backprop": Method(TrueGradient, GuidedReLU, gradient, check=needs_pixels, kind=SIZE),
     "gradient": Method(TrueGradient, nullcontext, gradient),
     "input_x_gradient": Method(TrueGradient, nullcontext, input_x_gradient),
-    "attention": Method(TrueGradient, nullcontext, attention_map, pixels=False, kind=NON_NEGATIVE),
+    "attention": Method(
+        TrueGradient,
+        nullcontext,
+        attention_map,
+        pixels=False,
+        backward=False,
+        kind=NON_NEGATIVE,
+    ),
 }
 
 
@@ -401,7 +410,9 @@ def propagate(captioner, images, inputs, targets, positions, method):
     precise = torch.autocast(images.device.type, enabled=False)
     with precise, exact_convolutions(), torch.enable_grad():
         forward = explained_forward(captioner, images, inputs, targets, method)
-        gradients = word_gradients(forward.scores, positions, forward.leaves)
+        gradients = {}
+        if method.backward:
+            gradients = word_gradients(forward.scores, positions, forward.leaves)
     with precise, torch.no_grad():
         attention = forward.attention.transpose(0, 1)
         found = method.relevance(forward.leaves, gradients, attention, captioner.encoder.grid)

@@ -3,6 +3,7 @@ differences.
 """
 
 import copy
+import dataclasses
 import functools
 
 import oracle_lrp
@@ -348,3 +349,18 @@ def test_an_explanation_that_fails_leaves_everything_as_it_was(method):
     assert state(captioner) == before
     (ours,) = explained(captioner, images[1:], CAPTIONS[1:], "gradient")
     assert_equals_oracle(ours, "gradient", truth("gridtd")[1], captioner.encoder.grid)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_attention_goes_no_way_back_and_is_the_same(model_type, monkeypatch):
+    captioner, images = setting(model_type)
+    chosen = METHODS["attention"]
+    assert not chosen.backward
+    with_gradients = dataclasses.replace(chosen, backward=True)
+    expected = explain_batch(captioner, images, CAPTIONS, with_gradients)
+    monkeypatch.delattr("explanation.word_gradients")  # a call would be an error
+    for own, other in zip(explain_batch(captioner, images, CAPTIONS, chosen), expected):
+        assert own.words == other.words
+        for name, value in vars(other).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(own, name), value), name
