@@ -7,6 +7,7 @@ others. A training validates with `caption_metrics`, which needs no Java.
 
 import functools
 from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class Captions:
     use_java          False: split every sentence by `\\w+`; the metrics that need Java are then
                       unavailable
     java_memory       the limit of Java's heap, as in -Xmx; None: each scorer's own
+    meteor            a Meteor that is started already, as of `meteor_started`, or None
     bert_model        the model of BERTScore, and
     bert_layer        the layer whose embeddings it compares (None: the recommended one)
     device            where the tensors are
@@ -82,6 +84,7 @@ class Captions:
     planted_pairs: list = field(default_factory=list)
     use_java: bool = True
     java_memory: str | None = None
+    meteor: Meteor | None = None
     bert_model: str = "roberta-large"
     bert_layer: int | None = None
     device: str = "cpu"
@@ -142,10 +145,26 @@ def bleu(captions):
     return {f"BLEU-{n}": score for n, score in enumerate(scores, start=1)}
 
 
+@contextmanager
+def meteor_started(names, java_memory=None):
+    """Start METEOR, if it is one of these names of METRICS, while the captions are being made.
+
+    It loads its tables for seconds. Yields the Meteor, or None if it cannot be started; the metric
+    then says why.
+    """
+    with ExitStack() as stack:
+        scorer = None
+        if "meteor" in names:
+            with suppress(ScorerUnavailable):
+                scorer = stack.enter_context(Meteor(java_memory).started())
+        yield scorer
+
+
 def meteor(captions):
     """METEOR 1.5 (Denkowski and Lavie 2014)."""
     tokens = captions.ptb_tokens
-    score, _ = Meteor(captions.java_memory).compute_score(tokens.references, tokens.predictions)
+    scorer = captions.meteor or Meteor(captions.java_memory)
+    score, _ = scorer.compute_score(tokens.references, tokens.predictions)
     return {"METEOR": score}
 
 

@@ -43,7 +43,7 @@ with after_parsing(globals()):
     from basemodel import read_checkpoint
     from captiondata import open_split
     from captioner import load_captioner
-    from captionmetrics import Captions, measure
+    from captionmetrics import Captions, measure, meteor_started
     from decoding import caption_files
     from experiments import EXPERIMENTS
     from experiments.captions import (
@@ -344,10 +344,12 @@ def evaluate_split(captioner, args):
         run_experiments(dataset, names, setting, args.checkpoint, stem, records, args.workers)
     if wants_captions(args):
         options = {"batch_size": args.batch_size, "workers": args.workers}
-        found, scores = caption_split(captioner, dataset, decoding, words, **options)
-        about = {"word_scores": scores, **metric_options(args)}
         source = provenance(args.seed, args.checkpoint)
-        score_split(dataset, found, corpus, words, about, args.metrics, stem, source)
+        measured = args.metrics if distributed.is_main() else ()
+        with meteor_started(measured, args.java_memory) as meteor:
+            found, scores = caption_split(captioner, dataset, decoding, words, **options)
+            about = {"word_scores": scores, "meteor": meteor, **metric_options(args)}
+            score_split(dataset, found, corpus, words, about, args.metrics, stem, source)
 
 
 def score_split(dataset, found, corpus, words, about, metrics, stem, source):

@@ -163,58 +163,72 @@ class Meteor(JavaScorer):
 
     name = "METEOR"
 
+    _process = None
+    _errors = None
+
+    @contextlib.contextmanager
+    def started(self):
+        """Start METEOR inside, for it takes seconds to load its tables; it is killed in the end.
+
+        ScorerUnavailable if it cannot be started.
+        """
+        program = ["-jar", jar(pycocoevalcap.meteor, "meteor-1.5.jar")]
+        program += ["-", "-", "-stdio", "-l", "en", "-norm"]
+        with tempfile.TemporaryFile() as self._errors:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+            try:
+                self._process = subprocess.Popen(self.command(*program), **pipes)
+            except OSError as error:
+                raise self.not_runnable(error) from None
+            try:
+                yield self
+            finally:
+                self._process.kill()
+                self._process.wait()
+                self._process.stdout.close()
+                self._process = None
+
     def compute_score(self, gts, res):
         """The score of the corpus and a list of each image's.
 
         gts: {key: reference sentences}; res: {key: [sentence]}; all are tokenised.
         """
+        if self._process is None:
+            with self.started():
+                return self.compute_score(gts, res)
         questions = []
         for key in gts:
             sentences = [*gts[key], res[key][0]]
             questions.append(" ||| ".join(["SCORE", *map(_plain, sentences)]))
-        with self._running() as process:
+        with self._in_time():
             # METEOR answers a SCORE line with statistics, and an EVAL line, which holds the
             # statistics of all images, with each image's score and that of the corpus.
-            statistics = ask(process, questions, len(questions))
+            statistics = ask(self._process, questions, len(questions))
             evaluation = " ||| ".join(["EVAL", *statistics])
-            scores = ask(process, [evaluation], len(questions) + 1)
+            scores = ask(self._process, [evaluation], len(questions) + 1)
         return float(scores[-1]), [float(score) for score in scores[:-1]]
 
     @contextlib.contextmanager
-    def _running(self):
-        """METEOR as a process that one can `ask`; it is killed in the end or after the timeout.
+    def _in_time(self):
+        """Kill METEOR after the timeout. ScorerUnavailable if it ends before all is asked."""
+        expired = threading.Event()
 
-        ScorerUnavailable if it cannot be started or ends before all is asked.
-        """
-        program = ["-jar", jar(pycocoevalcap.meteor, "meteor-1.5.jar")]
-        program += ["-", "-", "-stdio", "-l", "en", "-norm"]
-        with tempfile.TemporaryFile() as errors:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-            try:
-                process = subprocess.Popen(self.command(*program), **pipes)
-            except OSError as error:
-                raise self.not_runnable(error) from None
-            expired = threading.Event()
+        def expire():
+            expired.set()
+            self._process.kill()
 
-            def expire():
-                expired.set()
-                process.kill()
-
-            timer = threading.Timer(self.timeout, expire)
-            try:
-                timer.start()
-                yield process
-            except (EOFError, OSError):
-                code = process.wait()
-                if expired.is_set():
-                    raise self.stopped() from None
-                errors.seek(0)
-                raise self.failure(code, errors.read()) from None
-            finally:
-                timer.cancel()
-                process.kill()
-                process.wait()
-                process.stdout.close()
+        timer = threading.Timer(self.timeout, expire)
+        try:
+            timer.start()
+            yield
+        except (EOFError, OSError):
+            code = self._process.wait()
+            if expired.is_set():
+                raise self.stopped() from None
+            self._errors.seek(0)
+            raise self.failure(code, self._errors.read()) from None
+        finally:
+            timer.cancel()
 
 
 def ask(process, lines, number):

