@@ -6,13 +6,18 @@
     python bench.py train --preset coco  # training at COCO's size from cached features
     python bench.py decode               # captioning in batches, against one image at a time
     python bench.py evaluate             # the paper's experiments, an image
+    python bench.py growth               # more words, images, or captions a step
     python bench.py all --json bench.json
 
-Each row: name, seconds (median), ratio, and what it is a ratio to.
+Each row: name, seconds (median), ratio, and what it is a ratio to. The ratio is the median of the
+ratios of five rounds, in which all that is compared is called in turn; the least and the greatest
+ratio stand behind it. docs/speed.md says what the ratios mean.
 """
 
 import functools
 import math
+import os
+import platform
 import random
 import statistics
 import tempfile
@@ -68,12 +73,18 @@ PAPER_BATCH = 32  # images a step
 REWARD_IMAGES = 128
 REWARD_CAPTIONS = 6  # of each image
 SHIPPED = Path(__file__).parent / "checkpoints/scenes-gridtd.pt"
+# Sizes of what grows, the smallest first.
+EXPLAINED_WORDS = (1, 5, 10, 20)
+EXPLAINED_IMAGES = (1, 4, 16)
+DECODED_IMAGES = (1, 16, 64, 256)
+BATCHES = (8, 16, 32, 64)
 
 
 def seconds(functions, device, repeats):
-    """{name: median seconds} of functions.
+    """{name: seconds (repeats,)} of functions.
 
-    They are called in turn, so that a drifting machine slows all of them alike.
+    They are called in turn, so that a drifting machine slows all of them alike. The first round
+    warms up and does not count.
     """
     times = {name: [] for name in functions}
     for _ in range(repeats + 1):
@@ -82,10 +93,7 @@ def seconds(functions, device, repeats):
             function()
             synchronize(device)
             times[name].append(time.perf_counter() - started)
-    medians = {}
-    for name, values in times.items():
-        medians[name] = statistics.median(values[1:])  # the first call warms up
-    return medians
+    return {name: np.array(values[1:]) for name, values in times.items()}
 
 
 def synchronize(device):
@@ -95,14 +103,23 @@ def synchronize(device):
 
 
 def reference_row(name, time_taken):
-    """A result that others are ratios to."""
-    return {"name": name, "seconds": time_taken, "ratio": None, "against": None}
+    """A result that others are ratios to; time_taken: the seconds of each round, or of one."""
+    return {"name": name, "seconds": float(np.median(time_taken)), "ratio": None, "against": None}
 
 
 def ratio_row(name, time_taken, reference, against):
-    """A result and its ratio to a reference of so many seconds."""
-    ratio = time_taken / reference
-    return {"name": name, "seconds": time_taken, "ratio": ratio, "against": against}
+    """A result, and the median and the spread of its ratios to a reference, round by round.
+
+    time_taken, reference: the seconds of each round, or of one.
+    """
+    ratios = np.atleast_1d(time_taken / reference)
+    return {
+        "name": name,
+        "seconds": float(np.median(time_taken)),
+        "ratio": float(np.median(ratios)),
+        "spread": [float(ratios.min()), float(ratios.max())],
+        "against": against,
+    }
 
 
 # ------------------------------------------------------------------------------------ material
@@ -225,7 +242,7 @@ def bench_train(device, repeats):
     """Training steps of the multi-head captioner, and what fine-tuning adds."""
     rows = bench_steps(device, repeats)
     rows += bench_inference(device, repeats)
-    rows += bench_image_inference(device)
+    rows += bench_image_inference(device, repeats)
     rows += bench_reward(device, repeats)
     return rows
 
@@ -437,7 +454,7 @@ def bench_inference(device, repeats):
     return rows
 
 
-def bench_image_inference(device):
+def bench_image_inference(device, repeats):
     """A step of LRP-inference's image form for one image: every word goes back to the pixels."""
     captioner, _ = random_captioner(device, encoder="vgg16")
     size = captioner.encoder.image_size
@@ -449,7 +466,7 @@ def bench_image_inference(device):
         "plain": gradient_step(captioner, CrossEntropy(captioner), *data),
         "image": gradient_step(captioner, ImageLRPInference(captioner), *data),
     }
-    times = seconds(steps, device, 1)
+    times = seconds(steps, device, repeats)
     against = "gridtd: a step of cross-entropy, B=1, T=20, V=10,000, features given"
     name = "gridtd: a step of LRP-inference by image heat maps through VGG16"
     return [
@@ -589,12 +606,78 @@ def bench_evaluate(device, repeats):
     ]
 
 
+# --------------------------------------------------------------------------------------- growth
+
+
+def bench_growth(device, repeats):
+    """How the time grows with words, images and captions."""
+    rows = explaining_growth(device, repeats)
+    rows += decoding_growth(device, repeats)
+    rows += training_growth(device, repeats)
+    return rows
+
+
+def growth_rows(what, calls, device, repeats):
+    """A row for each size: how much longer than the smallest it takes, and how long each one.
+
+    what: with a place for the size; calls: {size: function}, the smallest size first.
+    """
+    times = seconds(calls, device, repeats)
+    smallest, *others = calls
+    against = what.format(smallest)
+    rows = [reference_row(against, times[smallest])]
+    for size in others:
+        row = ratio_row(what.format(size), times[size], times[smallest], against)
+        rows.append({**row, "numbers": {"seconds each": row["seconds"] / size}})
+    return rows
+
+
+def explaining_growth(device, repeats):
+    """LRP through VGG16: of more words of one image, and of 10 words of more images."""
+    captioner, words = random_captioner(device, encoder="vgg16")
+    size = captioner.encoder.image_size
+    images = torch.randn(max(EXPLAINED_IMAGES), 3, size, size)
+    by_words = {}
+    for count in EXPLAINED_WORDS:
+        by_words[count] = functools.partial(captioner.explain, images[:1], [words[:count]])
+    by_images = {}
+    for count in EXPLAINED_IMAGES:
+        captions = [words[:WORDS]] * count
+        by_images[count] = functools.partial(captioner.explain, images[:count], captions)
+    rows = growth_rows("LRP of one image, words: {}", by_words, device, repeats)
+    rows += growth_rows(f"LRP of {WORDS} words each, images: {{}}", by_images, device, repeats)
+    return rows
+
+
+def decoding_growth(device, repeats):
+    """Captions of more images at once from their features, 3 beams of 20 words."""
+    captioner, _ = random_captioner(device, encoder="vgg16")
+    features = torch.rand(max(DECODED_IMAGES), *REGIONS, device=device)
+    calls = {}
+    for count in DECODED_IMAGES:
+        calls[count] = functools.partial(captioner.decode, features[:count], max_length=20)
+    return growth_rows("decoding from features, images: {}", calls, device, repeats)
+
+
+def training_growth(device, repeats):
+    """The gradients of a step of cross-entropy, of more captions of 20 words."""
+    captioner, _ = random_captioner(device, encoder="vgg16")
+    captioner.train()
+    objective = CrossEntropy(captioner)
+    calls = {}
+    for count in BATCHES:
+        features, inputs = training_data(device, count)
+        calls[count] = gradient_step(captioner, objective, inputs, features, inputs.roll(-1))
+    return growth_rows("a step of cross-entropy, captions: {}", calls, device, repeats)
+
+
 BENCHMARKS = {
     "explain": bench_explain,
     "methods": bench_methods,
     "train": bench_train,
     "decode": bench_decode,
     "evaluate": bench_evaluate,
+    "growth": bench_growth,
 }
 FLAGS = [
     Flag(
@@ -622,10 +705,26 @@ def chosen_benchmarks(args):
 
 def show(result):
     """Print a row."""
-    ratio = f"   {result['ratio']:.2f} x {result['against']}" if result["ratio"] else ""
+    ratio = ""
+    if result["ratio"] is not None:
+        least, greatest = result["spread"]
+        ratio = f"   {result['ratio']:.2f} [{least:.2f}, {greatest:.2f}] x {result['against']}"
     print(f"{result['name']:58s} {result['seconds']:9.3f} s{ratio}")
     for name, value in result.get("numbers", {}).items():
         print(f"    {name:54s} {value:9.3f}")
+
+
+def describe_machine(device):
+    """What the seconds depend on: {name: value}."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": str(device),
+        "gpu": gpu,
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main():
@@ -642,11 +741,14 @@ def main():
     rows = []
     for benchmark in benchmarks:
         rows += benchmark(device, args.repeats)
+    machine = describe_machine(device)
+    source = provenance(args.seed)
+    for name, value in {**machine, **source["versions"]}.items():
+        print(f"{name}: {value}")
     for result in rows:
         show(result)
     if args.json:
-        machine = {"device": str(device), "threads": torch.get_num_threads()}
-        write_json(args.json, {**provenance(args.seed), **machine, "rows": rows})
+        write_json(args.json, {**source, **machine, "rows": rows})
 
 
 if __name__ == "__main__":
