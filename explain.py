@@ -159,7 +159,7 @@ class Wanted:
     caption   the words of the caption, or None for the captioner's own
     target    (word, position): the word to explain instead of the caption's own, or None
     words     the words to draw, or None for all
-    scale     what shares one scale of colours, one of plots.SCALES
+    scale     what shares one scale of colours, one of names.SCALES
     figure    the file of a figure of words and methods, or None
     html      the file of a page of all images, or None
     decoding  options of the captioner's own caption
