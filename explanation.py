@@ -30,9 +30,21 @@ from gradient_utils import (
     gradient,
     guided_grad_cam,
     input_x_gradient,
+    layer_cam,
+    noisy_copies,
+    path_from_nothing,
 )
 from images import is_photograph, photographs_of
-from lrp_utils import LRP, AlphaOneBetaZero, AttnLRP, TrueGradient, summed
+from lrp_utils import (
+    LRP,
+    AlphaOneBetaZero,
+    AlphaTwoBetaOne,
+    AttnLRP,
+    EpsilonConvolutions,
+    GammaConvolutions,
+    TrueGradient,
+    summed,
+)
 from names import FIGURE_ENDINGS
 from vocabulary import padded, tokenize
 
@@ -54,6 +66,8 @@ class Method:
                returns fields of `Explanation`; any other name goes into its `extra`
     pixels     whether the gradient has to go through the encoder
     backward   whether it needs gradients at all
+    samples    None, or a function () -> functions of (images, word embeddings) that change both;
+               the gradients are then the mean over all of them
     leaves     names of further inner values of the captioner (`Rules.leaf`) to get gradients of
     check      a function of a captioner that raises a UserError if the method is not for it
     kind       SIGNED, SIZE or NON_NEGATIVE: how the image maps are to be read
@@ -66,6 +80,7 @@ class Method:
     relevance: Callable
     pixels: bool = True
     backward: bool = True
+    samples: Callable | None = None
     leaves: tuple = ()
     check: Callable = needs_any_captioner
     kind: str = SIGNED
@@ -75,9 +90,7 @@ class Method:
 def needs_pixels(captioner):
     """Raise a UserError for a captioner that is given features instead of images."""
     if captioner.encoder.given:
-        raise UserError(
-            "guided backpropagation needs pixels, and bottom-up features come without them"
-        )
+        raise UserError("this method needs pixels, and bottom-up features come without them")
 
 
 def needs_lrp_rules(captioner):
@@ -110,6 +123,22 @@ METHODS = {
     "guided_backprop": Method(TrueGradient, GuidedReLU, gradient, check=needs_pixels, kind=SIZE),
     "gradient": Method(TrueGradient, nullcontext, gradient),
     "input_x_gradient": Method(TrueGradient, nullcontext, input_x_gradient),
+    "lrp_alpha2beta1": Method(
+        LRP, AlphaTwoBetaOne, input_x_gradient, check=needs_lrp_rules, additive=True
+    ),
+    "lrp_gamma": Method(
+        LRP, GammaConvolutions, input_x_gradient, check=needs_lrp_rules, additive=True
+    ),
+    "lrp_epsilon": Method(
+        LRP, EpsilonConvolutions, input_x_gradient, check=needs_lrp_rules, additive=True
+    ),
+    "layercam": Method(TrueGradient, nullcontext, layer_cam, pixels=False, kind=NON_NEGATIVE),
+    "integrated_gradients": Method(
+        TrueGradient, nullcontext, input_x_gradient, samples=path_from_nothing
+    ),
+    "smoothgrad": Method(
+        TrueGradient, nullcontext, gradient, samples=noisy_copies, check=needs_pixels
+    ),
     "attention": Method(
         TrueGradient,
         nullcontext,
@@ -411,7 +440,9 @@ def propagate(captioner, images, inputs, targets, positions, method):
     with precise, exact_convolutions(), torch.enable_grad():
         forward = explained_forward(captioner, images, inputs, targets, method)
         gradients = {}
-        if method.backward:
+        if method.samples is not None:
+            gradients = mean_gradients(captioner, images, inputs, targets, positions, method)
+        elif method.backward:
             gradients = word_gradients(forward.scores, positions, forward.leaves)
     with precise, torch.no_grad():
         attention = forward.attention.transpose(0, 1)
@@ -426,20 +457,39 @@ def propagate(captioner, images, inputs, targets, positions, method):
     return batch
 
 
-def explained_forward(captioner, images, inputs, targets, method):
-    """The captioner's forward under the rules of a method, teacher-forced; see `propagate`."""
+def mean_gradients(captioner, images, inputs, targets, positions, method):
+    """The mean of the gradients of image, regions and words over a method's samples."""
+    totals = {}
+    count = 0
+    for change in method.samples():
+        forward = explained_forward(captioner, images, inputs, targets, method, change)
+        count += 1
+        for name, found in word_gradients(forward.scores, positions, forward.leaves).items():
+            totals[name] = found if totals.get(name) is None else totals[name] + found
+    return {name: None if total is None else total / count for name, total in totals.items()}
+
+
+def explained_forward(captioner, images, inputs, targets, method, change=None):
+    """The captioner's forward under the rules of a method, teacher-forced; see `propagate`.
+
+    change: one of the method's samples, or None.
+    """
     encoder = captioner.encoder.folded()
     captioner = captioner.eval_view()
     rules = method.rules()
     rules.watched = {name: [] for name in method.leaves}
     through_encoder = method.pixels and not encoder.given
     # The relevance of a pixel is that of what the network sees of it.
-    images = encoder.own_pixels(images).detach().requires_grad_(through_encoder)
+    images = encoder.own_pixels(images)
+    embeddings = captioner.embedding(inputs)
+    if change is not None:
+        images, embeddings = change(images, embeddings)
+    images = images.detach().requires_grad_(through_encoder)
+    embeddings = embeddings.detach().requires_grad_()
     with method.encoder():
         features = encoder.regions(images)
     if not through_encoder:
         features = features.detach().requires_grad_()
-    embeddings = captioner.embedding(inputs).detach().requires_grad_()
     memory = captioner.image_memory(features, rules)
     unrolled = captioner.unroll(embeddings.unsqueeze(1), memory, rules)
     outputs = rules.epsilon(summed([addend.squeeze(1) for addend in unrolled.addends]))

@@ -66,6 +66,52 @@ def gradient(leaves, gradients, attention, grid):
     }
 
 
+def layer_cam(leaves, gradients, attention, grid):
+    """LayerCAM of the last feature map (Jiang et al. 2021): each region has weights of its own,
+    which are the positive gradients."""
+    maps = (gradients["regions"].clamp(min=0) * leaves["regions"]).sum(-1).clamp(min=0)
+    return {
+        "image_relevance": enlarge(maps, grid, leaves["image"]),
+        "region_relevance": maps,
+        "word_relevance": gradients["words"].sum(-1),
+    }
+
+
+STEPS = 32  # of integrated gradients
+NOISY_COPIES = 16  # of SmoothGrad
+NOISE = 0.1  # SmoothGrad's standard deviation, in parts of the range of an image's values
+
+
+def path_from_nothing():
+    """Integrated gradients (Sundararajan et al. 2017): functions that scale images and embeddings.
+
+    The path begins at the mean colour, which is 0 once an image is normalised, and at embeddings of
+    0. Its points are in the middle of STEPS equal parts.
+    """
+    for step in range(STEPS):
+        share = (step + 0.5) / STEPS
+        yield lambda images, words, share=share: (share * images, share * words)
+
+
+def noisy_copies():
+    """SmoothGrad (Smilkov et al. 2017): functions that add Gaussian noise to images, always the
+    same."""
+    for copy in range(NOISY_COPIES):
+        yield lambda images, words, copy=copy: (_with_noise(images, copy), words)
+
+
+def _with_noise(images, seed):
+    """Images (B, 3, H, W) with noise in parts of each one's range of values.
+
+    The noise is the same for each image, so that it does not depend on the batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(images.shape[1:], generator=generator).to(images)
+    everything = (1, 2, 3)
+    span = images.amax(everything, keepdim=True) - images.amin(everything, keepdim=True)
+    return images + NOISE * span * noise
+
+
 def input_x_gradient(leaves, gradients, attention, grid):
     """Gradient x input, summed likewise; under the rules of LRP this is relevance."""
     products = {"image": None}

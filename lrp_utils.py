@@ -256,7 +256,7 @@ class AlphaOneBetaZero(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.conv2d:
-            return _explained_convolution(*args, **kwargs)
+            return self.convolution(*args, **kwargs)
         if function in self.SUMS:
             return _explained_sum(*args, **kwargs)
         if is_relu6(function, args, kwargs):
@@ -264,6 +264,66 @@ class AlphaOneBetaZero(TorchFunctionMode):
         if function is torch.Tensor.add_:
             return args[0].copy_(_explained_sum(*args, **kwargs))
         return function(*args, **kwargs)
+
+    def convolution(self, *args, **kwargs):
+        """F.conv2d, and its rule on the way back."""
+        return _explained_convolution(*args, **kwargs)
+
+
+class AlphaTwoBetaOne(AlphaOneBetaZero):
+    """The same with alpha2-beta1: what lowered a unit's activation gets negative relevance.
+
+    Bach et al. (2015), eq. 60: twice the relevance that alpha1-beta0 gives, less as much for the
+    negative contributions. Biases are left out of both sums.
+    """
+
+    def convolution(self, input, weight, bias=None, *geometry, **options):
+        """F.conv2d, explained by alpha2-beta1."""
+
+        def layer(x, w):
+            return F.conv2d(x, w, None, *geometry, **options)
+
+        weight = weight.detach()
+        raising = weight.clamp(min=0)
+        lowering = weight.clamp(max=0)
+        above = input.clamp(min=0)
+        below = input.clamp(max=0)
+        positive = layer(above, raising) + layer(below, lowering)
+        negative = layer(above, lowering) + layer(below, raising)
+        output = F.conv2d(input.detach(), weight, bias, *geometry, **options).detach()
+        raised = 2 * safe_ratio(output, positive.detach())
+        lowered = -safe_ratio(output, negative.detach())
+        nothing = torch.zeros_like(output)
+        return _ScaledBackward.apply(positive, output, raised) + _ScaledBackward.apply(
+            negative, nothing, lowered
+        )
+
+
+class EpsilonConvolutions(AlphaOneBetaZero):
+    """The same with the epsilon-rule (Bach et al. 2015, eq. 58); biases get their share."""
+
+    gamma = 0.0
+
+    def convolution(self, input, weight, bias=None, *geometry, **options):
+        """F.conv2d, explained by the epsilon-rule or, where gamma is not 0, by the gamma-rule."""
+
+        def favoured(parameter):
+            if parameter is None:
+                return None
+            return parameter.detach() + self.gamma * parameter.detach().clamp(min=0)
+
+        z = F.conv2d(input, favoured(weight), favoured(bias), *geometry, **options)
+        output = F.conv2d(input.detach(), weight, bias, *geometry, **options).detach()
+        return _ScaledBackward.apply(z, output, output / stabilize(z.detach(), EPSILON))
+
+
+class GammaConvolutions(EpsilonConvolutions):
+    """The same with the gamma-rule, which favours positive weights.
+
+    Montavon et al. (2019), for inputs that are not negative, as behind a ReLU.
+    """
+
+    gamma = 0.25
 
 
 def is_relu6(function, arguments, keywords):

@@ -13,6 +13,12 @@ METHODS = (  # explanation.METHODS
     "guided_backprop",
     "gradient",
     "input_x_gradient",
+    "lrp_alpha2beta1",
+    "lrp_gamma",
+    "lrp_epsilon",
+    "layercam",
+    "integrated_gradients",
+    "smoothgrad",
     "attention",
 )
 PRETRAINED_METHODS = (  # pretrainedmodel.METHODS

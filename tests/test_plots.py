@@ -192,12 +192,14 @@ def test_the_tables_of_methods_say_of_which_kind_each_is():
     kinds = {name: method.kind for name, method in METHODS.items()}
     assert kinds == {
         **dict.fromkeys(("lrp", "attnlrp", "gradient", "input_x_gradient"), SIGNED),
+        **dict.fromkeys(("lrp_alpha2beta1", "lrp_gamma", "lrp_epsilon"), SIGNED),
+        **dict.fromkeys(("integrated_gradients", "smoothgrad"), SIGNED),
         **dict.fromkeys(("guided_backprop", "guided_gradcam"), SIZE),
-        **dict.fromkeys(("gradcam", "attention"), NON_NEGATIVE),
+        **dict.fromkeys(("gradcam", "layercam", "attention"), NON_NEGATIVE),
     }
     for methods in (METHODS, PRETRAINED_METHODS):
         additive = {name for name, method in methods.items() if method.additive}
-        assert additive == {"lrp", "attnlrp"}
+        assert additive == {name for name in methods if "lrp" in name}
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "attnlrp"])
