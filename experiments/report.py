@@ -55,6 +55,7 @@ def report(units, explanations, rates, draws=TEST_DRAWS):
         section("Arms, mean over seeds", arm_rows(units)),
         section("Differences of arms", comparison_rows(units, draws)),
         section("Explanations by captioner", explanation_rows(explanations, draws)),
+        section("What was explained", [counted(*found) for found in explanations.items()]),
     ]
     arms = arms_of(units)
     means, words = macro_precision(units, arms)
@@ -166,6 +167,26 @@ def explanation_rows(explanations, draws):
                 row = {"captioner": captioner, "what": name, "component": "abcd"[place]}
                 rows.append(row | estimate_columns(part))
     return rows
+
+
+def counted(captioner, images):
+    """A row about a captioner's explained images: how many words each hypothesis is about, and the
+    mean correctness of each method, in points.
+    """
+    drops = [word["kind"] for image in images for word in image["drops"]]
+    inside = [word for image in images for word in image["inside"]]
+    sign = [word for image in images for word in image["sign"]]
+    frequent = [word["supported"] for image in images for word in image["frequent"]]
+    row = {"captioner": captioner, "images": len(images)}
+    row |= {"H1, object words": drops.count("object"), "H1, stop words": drops.count("stop")}
+    row |= {"H2": len(inside), "H3, all": len(sign)}
+    row["H3, with boxes and negative relevance"] = sum(word["inside"] is not None for word in sign)
+    row["H3, with negative patches"] = sum(word["patches"] is not None for word in sign)
+    row |= {"H4": len(frequent), "H4, hallucinated": frequent.count(False)}
+    for method in inside[0] if inside else ():
+        mean = np.mean([word[method] for word in inside])
+        row[f"correctness of {method}"] = 100 * float(mean)
+    return row
 
 
 def words_as_csv(rows, arms):

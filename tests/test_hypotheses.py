@@ -15,7 +15,7 @@ from experiments.hypotheses import (
     tuning_hypotheses,
 )
 from experiments.inference import verdicts
-from experiments.report import report
+from experiments.report import counted, report
 from experiments.statistics import draw_images
 
 IMAGES = 60
@@ -225,6 +225,11 @@ def test_the_report_of_a_made_up_study():
     assert "| H5a | " in text
     assert "| all | lrp - continued | CHAIR-s |" in text
     assert "| gridtd, lrp | 1e-5 |" in text
+    row = counted("aoa", EXPLAINED)
+    assert (row["images"], row["H1, stop words"], row["H2"]) == (200, 200, 200)
+    assert row["H3, with negative patches"] == 200
+    assert row["H4, hallucinated"] == sum(not i["frequent"][0]["supported"] for i in EXPLAINED)
+    assert row["correctness of lrp"] == pytest.approx(60)
     assert words.splitlines()[0].startswith("word,cross_entropy: right,cross_entropy: said")
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[0] == "H1a  object words, LRP's words less the last"
