@@ -51,32 +51,47 @@ def examine_split(dataset, experiments, setting, path, header, workers=2):
         )
     for method in setting.methods:
         method_for(setting.captioner, method)
+
+    def find(missing):
+        for images, _, indices in batches_of(dataset, missing, workers):
+            entries = [dataset.entries[index] for index in indices]
+            yield examine(images, indices.tolist(), entries, experiments, setting)
+
+    return resumed_records(len(dataset), path, header, find)
+
+
+def resumed_records(count, path, header, find, title="explaining"):
+    """The records of images 0 to count - 1, of which those that `path` keeps are not made again.
+
+    path: a .jsonl file; header: what the records depend on; find: a function of the list of the
+    missing images' indices, that yields lists of records of this process's share of them; title: of
+    the progress bar. Returns the records of all images, in every process. UserError if `path` holds
+    records of another header.
+    """
     kept = collect_records(path, header) if distributed.is_main() else None
     records = distributed.from_main(kept)
     part = path
     if not distributed.is_main():
         part = part_path(path, distributed.rank())
         append_lines(part, [header])
-    missing = [index for index in range(len(dataset)) if index not in records]
+    missing = [index for index in range(count) if index not in records]
     progress = tqdm(
-        total=len(dataset),
-        initial=len(dataset) - len(missing),
-        desc="explaining",
+        total=count,
+        initial=count - len(missing),
+        desc=title,
         unit="image",
         leave=False,
         disable=not distributed.is_main(),
     )
     with progress:
-        for images, _, indices in batches_of(dataset, missing, workers):
-            entries = [dataset.entries[index] for index in indices]
-            found = examine(images, indices.tolist(), entries, experiments, setting)
+        for found in find(missing):
             append_lines(part, found)
             records |= {record["index"]: record for record in found}
             progress.update(len(found) * distributed.world_size())
     records = distributed.gathered(records)
     if distributed.is_main():
         collect_records(path, header)
-    return [records[index] for index in range(len(dataset))]
+    return [records[index] for index in range(count)]
 
 
 def batches_of(dataset, indices, workers):
