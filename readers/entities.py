@@ -13,6 +13,8 @@ from vocabulary import tokenize
 
 FOLDERS = ("Flickr30kEntities", "flickr30k_entities")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+# What reading a damaged file raises.
+DAMAGES = (ElementTree.ParseError, TypeError, ValueError, ZeroDivisionError)
 
 
 def find_entities(root):
@@ -43,7 +45,7 @@ def read_entities(folder, image, phrases):
         tree = ElementTree.parse(annotation)
         chains = _words_of_chains(sentences.read_text(encoding="utf-8"))
         things = _scaled_boxes(tree, image)
-    except (OSError, ElementTree.ParseError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (OSError, *DAMAGES) as error:
         raise UserError(
             f"{annotation} or {sentences} is missing, damaged or not of Flickr30k Entities "
             f"({error})"
@@ -55,6 +57,32 @@ def read_entities(folder, image, phrases):
             category = next(iter(mentioned_objects(words, phrases)), words[0])
             for box in boxes:
                 objects.append({"category": category, "bbox": box, "words": words})
+    return objects
+
+
+def read_entities_file(annotation, image):
+    """The objects in one Annotations file, for the image file that it is of, dicts as above.
+
+    The words come from ../Sentences/<its name>.txt. Without that file an object is called by the
+    number of its chain. UserError for a damaged file.
+    """
+    sentences = annotation.parent.parent / "Sentences" / f"{annotation.stem}.txt"
+    try:
+        things = _scaled_boxes(ElementTree.parse(annotation), image)
+        chains = {}
+        if sentences.is_file():
+            chains = _words_of_chains(sentences.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {annotation}") from None
+    except DAMAGES as error:
+        raise UserError(
+            f"{annotation} or {sentences} is damaged or not of Flickr30k Entities ({error})"
+        ) from None
+    objects = []
+    for chain, boxes in things:
+        words = chains.get(chain) or [chain]
+        for box in boxes:
+            objects.append({"category": words[0], "bbox": box, "words": words})
     return objects
 
 
