@@ -22,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -644,3 +645,184 @@ def save_figure(figure, path, dots_per_inch=DOTS_PER_INCH):
     with write_atomically(path) as temporary, matplotlib.rc_context(TEXT_AS_TEXT):
         figure.savefig(temporary, dpi=dots_per_inch)
     return path
+
+
+# ------------------------------------------------------------------- objects that were removed
+
+
+@dataclass(frozen=True)
+class Removed:
+    """An object of a photograph, and what is without it.
+
+    name     what it is called
+    mask     bool (H, W), its pixels
+    value    its importance, or None
+    area     bool (H, W), what was filled
+    image    uint8 (H, W, 3), the photograph without it
+    caption  the words that the captioner then says
+    """
+
+    name: str
+    mask: np.ndarray
+    value: float | None
+    area: np.ndarray
+    image: np.ndarray
+    caption: list
+
+
+def importance_figure(photograph, caption, removed, distance):
+    """A matplotlib Figure: the photograph, its objects shaded by importance, and then the picture
+    and the caption without each object, the most important one first.
+
+    photograph: a PIL image; caption: its words; removed: a list of Removed; distance: what the
+    importance is, in a few words. Words that the caption had not before are marked.
+    """
+    removed = sorted(removed, key=lambda thing: -(thing.value or 0))
+    side = PANEL - 2 * MARGIN
+    height = side * panel_shape(photograph)
+    panels = [PicturePanel(photograph, "the photograph", caption, caption, side)]
+    panels.append(ShadedPanel(photograph, removed, distance))
+    for thing in removed:
+        title = f"without {thing.name}"
+        picture = Image.fromarray(thing.image)
+        panels.append(PicturePanel(picture, title, thing.caption, caption, side, thing.value))
+    rows = panel_rows(panels)
+    top = 0.05
+    tops = []
+    for row in rows:
+        tops.append(top + TITLE)
+        top += TITLE + height + max(panel.height for panel in row) + GAP
+    sheet = Sheet(PANEL * len(rows[0]), top)
+    for row, row_top in zip(rows, tops):
+        for column, panel in enumerate(row):
+            left = column * PANEL + MARGIN
+            panel.draw_picture(sheet.axes(left, row_top, side, height))
+            panel.draw_below(sheet, left, row_top + height + GAP, side)
+    return sheet.figure
+
+
+class PicturePanel:
+    """A picture, and below it its caption and its importance."""
+
+    def __init__(self, picture, title, words, original, width, value=None):
+        self.picture = picture
+        self.title = title
+        self.value = value
+        marks = [0.0 if word in original else 0.45 for word in words]
+        self.lines = lines_of(words or ["(no word)"], marks or [0.0], width)
+        self.height = GAP + WORD_LINE * len(self.lines) + NOTE_LINE
+
+    def draw_picture(self, axes):
+        """The picture and its title."""
+        axes.imshow(self.picture, interpolation="lanczos")
+        draw_title(axes, self.title)
+
+    def draw_below(self, sheet, left, top, width):
+        """The caption, new words marked, and the importance."""
+        draw_words(sheet, left, top, self.lines, 1.0)
+        if self.value is not None:
+            below = top + WORD_LINE * len(self.lines)
+            sheet.note(left + WORD_PADDING, below, f"the caption changes by {decimals(self.value)}")
+
+
+class ShadedPanel:
+    """The objects of a photograph, shaded by their importance, with a colour bar."""
+
+    height = GAP + COLOUR_BAR + 2 * NOTE_LINE
+
+    def __init__(self, photograph, removed, distance):
+        self.photograph = photograph
+        self.removed = [thing for thing in removed if thing.value is not None]
+        self.distance = distance
+        self.scale = max([thing.value for thing in self.removed], default=0)
+
+    def draw_picture(self, axes):
+        """The shaded objects, with an outline and their values; white is no importance."""
+        axes.imshow(shaded(self.photograph, self.removed, self.scale), interpolation="lanczos")
+        halo = [withStroke(linewidth=2, foreground="white")]
+        for thing in self.removed:
+            axes.contour(thing.mask, [0.5], colors=NOTE, linewidths=0.8)
+            rows, columns = np.nonzero(thing.mask)
+            text = f"{thing.name}\n{decimals(thing.value)}"
+            place = (columns.mean(), rows.mean())
+            style = {"ha": "center", "va": "center", "parse_math": False, "path_effects": halo}
+            axes.text(*place, text, fontsize=8, fontweight="bold", **style)
+        draw_title(axes, "importance")
+
+    def draw_below(self, sheet, left, top, width):
+        """The colour bar, and what it measures."""
+        axes = sheet.axes(left, top, width, COLOUR_BAR)
+        ramp = np.linspace(0, 1, 257, dtype=np.float32)[None]
+        axes.imshow(heat_map(ramp, 1.0, NON_NEGATIVE), aspect="auto")
+        below = top + COLOUR_BAR + 0.02
+        sheet.note(left, below, "0")
+        sheet.note(left + width, below, decimals(self.scale), ha="right")
+        sheet.note(left, below + NOTE_LINE, self.distance)
+
+
+def decimals(value):
+    """A distance with two decimals, with a true minus sign."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def shaded(photograph, removed, scale):
+    """A pale grey photograph whose objects have the colour of their importance: RGB (H, W, 3).
+
+    Where objects overlap, the smaller one is seen. Importance below zero is drawn as zero.
+    """
+    grey = np.asarray(photograph.convert("L"), dtype=np.float32)[..., None] / 255
+    picture = np.repeat(0.45 + 0.55 * grey, 3, axis=2)
+    for thing in sorted(removed, key=lambda thing: -thing.mask.sum()):
+        colour = heat_map(np.full((1, 1), thing.value), scale, NON_NEGATIVE)[0, 0]
+        shade = 0.8 + 0.2 * grey[thing.mask]
+        picture[thing.mask] = colour * shade
+    return picture
+
+
+def removal_figure(photograph, removed):
+    """A matplotlib Figure of how objects were removed: a row for each of the photograph with its
+    outline, the mask that was filled, and the result. removed: a list of Removed.
+    """
+    side = PANEL - 2 * MARGIN
+    height = side * panel_shape(photograph)
+    sheet = Sheet(3 * PANEL, (TITLE + height + GAP) * len(removed) + GAP)
+    for row, thing in enumerate(removed):
+        top = TITLE + row * (TITLE + height + GAP)
+        pictures = (photograph, np.where(thing.area[..., None], 255, 0), thing.image)
+        titles = (thing.name, "what is filled", f"without {thing.name}")
+        for column, (picture, title) in enumerate(zip(pictures, titles)):
+            axes = sheet.axes(column * PANEL + MARGIN, top, side, height)
+            axes.imshow(np.broadcast_to(np.asarray(picture, np.uint8), (*thing.area.shape, 3)))
+            draw_title(axes, title)
+            if column == 0:
+                axes.contour(thing.mask, [0.5], colors=FOR, linewidths=1)
+    return sheet.figure
+
+
+def attention_figure(strips):
+    """A matplotlib Figure of where a captioner looks for its words, a strip for each picture.
+
+    strips: [(title, PIL image, words, maps (T, rows, columns))]; all maps share one scale.
+    """
+    side = SMALL_PANEL - 2 * SMALL_MARGIN
+    height = side * panel_shape(strips[0][1])
+    row_height = TITLE + height + GAP
+    longest = max(len(words) for _, _, words, _ in strips)
+    columns = min(longest, SMALL_COLUMNS)
+    rows = [math.ceil(len(words) / columns) for _, _, words, _ in strips]
+    sheet = Sheet(SMALL_PANEL * (columns + 1), sum(rows) * row_height + GAP)
+    scale = max(float(maps.max(initial=0)) for *_, maps in strips)
+    top = TITLE
+    for (title, picture, words, maps), lines in zip(strips, rows):
+        axes = sheet.axes(SMALL_MARGIN, top, side, height)
+        axes.imshow(picture, interpolation="lanczos")
+        axes.set_title(title, fontsize=WORD_SIZE, pad=4, parse_math=False)
+        for position, word in enumerate(words):
+            line, column = divmod(position, columns)
+            left = (column + 1) * SMALL_PANEL + SMALL_MARGIN
+            axes = sheet.axes(left, top + line * row_height, side, height)
+            values = maps[position].astype(np.float32)
+            axes.imshow(overlay(picture, values, scale, NON_NEGATIVE), interpolation="lanczos")
+            draw_title(axes, word)
+        top += lines * row_height
+    return sheet.figure

@@ -14,6 +14,22 @@ def tables_of(records, experiments, model_type):
     return tables
 
 
+def intervals_joined(rows):
+    """Rows whose fields NAME, "NAME low" and "NAME high" are one text, "0.12 [0.05, 0.20]"."""
+    joined = []
+    for row in rows:
+        short = {}
+        for name, value in row.items():
+            low = row.get(f"{name} low")
+            if low is not None and value is not None:
+                high = row[f"{name} high"]
+                short[name] = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            elif not name.endswith((" low", " high")):
+                short[name] = value
+        joined.append(short)
+    return joined
+
+
 def markdown_table(rows):
     """Rows, dicts of the same keys, as a Markdown table; a column that holds dicts is left out.
 
