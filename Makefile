@@ -40,10 +40,13 @@ figures: .venv/installed
 	$(RUN) explain.py data/demo/*.jpg --checkpoint checkpoints/scenes-gridtd.pt --output $(MADE) \
 	    --method lrp guided_gradcam gradcam guided_backprop input_x_gradient attention
 	$(RUN) explain.py data/photographs/camera.jpg --output $(MADE)
+	$(RUN) counterfactual.py data/photographs/camera.jpg --output $(MADE) --max_area 0.4 \
+	    --objects data/photographs/camera.json
 	cp $(MADE)/lamb-scenes-gridtd-lrp.png figures/explained.png
 	cp $(MADE)/umbrella-scenes-gridtd-lrp.png figures/hallucinated.png
 	cp $(MADE)/lamb-scenes-gridtd-methods.png figures/methods.png
 	cp $(MADE)/camera-lrp.png figures/photograph.png
+	cp $(MADE)/camera-importance.png figures/importance.png
 
 check: .venv/installed
 	.venv/bin/ruff check .

