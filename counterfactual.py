@@ -19,13 +19,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-import distributed
-from bert.sentences import DEFAULT_MODEL, SentenceModel
-from captiondata import CaptionDataset, dataset_folder, read_info, source_of
-from captioner import load_captioner
 from commandline import (
     CommandLine,
     Flag,
@@ -40,32 +33,37 @@ from commandline import (
     set_seed,
     write_json,
 )
-from decoding import add_decoding_flags, decoding_options
-from experiments.counterfactual import (
-    METHODS,
-    Study,
-    caption_counter,
-    examine_objects,
-    header_of,
-    nothing_changes,
-    robustness,
-)
-from experiments.importance_questions import agreement, predictors, questions
-from experiments.tables import intervals_joined, markdown_table
-from images import load_image
-from importance import (
-    DISTANCES,
-    OBJECT,
-    Removal,
-    described,
-    filler_of,
-    importance,
-)
-from inpainting import INPAINTERS, load_inpainter
-from plots import Removed, attention_figure, importance_figure, removal_figure, save_figure
-from pycocoevalcap.java import ScorerUnavailable
-from readers.objects import read_objects
-from redrawing import Redrawer
+from decodingflags import add_decoding_flags, decoding_options
+from lateimports import after_parsing, import_what_waits
+from names import DILATION, DISTANCES, INPAINTERS, MAX_AREA, NULLS, SENTENCE_MODEL
+from prepared import dataset_folder, read_info, source_of
+
+with after_parsing(globals()):
+    import numpy as np
+    from PIL import Image
+
+    import distributed
+    from bert.sentences import SentenceModel
+    from captiondata import CaptionDataset
+    from captioner import load_captioner
+    from experiments.counterfactual import (
+        METHODS,
+        Study,
+        caption_counter,
+        examine_objects,
+        header_of,
+        nothing_changes,
+        robustness,
+    )
+    from experiments.importance_questions import agreement, predictors, questions
+    from experiments.tables import intervals_joined, markdown_table
+    from images import load_image
+    from importance import OBJECT, Removal, described, filler_of, importance
+    from inpainting import load_inpainter
+    from plots import Removed, attention_figure, importance_figure, removal_figure, save_figure
+    from pycocoevalcap.java import ScorerUnavailable
+    from readers.objects import read_objects
+    from redrawing import Redrawer
 
 PHOTOGRAPHS = ("photographs",)
 SPLIT = ("split",)
@@ -82,7 +80,6 @@ SHOWN = {  # distance: what a figure says of it
     "attention": "change of the words' attention",
     "attention_sum": "change of the summed attention",
 }
-REMOVAL = Removal()
 FLAGS = [
     Flag(
         "objects",
@@ -134,14 +131,14 @@ FLAGS = [
         "bert_model",
         "the model that compares captions, a folder or a Hugging Face name",
         metavar="MODEL",
-        shown=DEFAULT_MODEL,
+        shown=SENTENCE_MODEL,
     ),
     Flag("dilation", "how far masks grow, as a share of the root of their area",
-         default=REMOVAL.dilation, limits=(0, 1)),
+         default=DILATION, limits=(0, 1)),
     Flag("max_area", "objects that cover more of the image are not removed",
-         default=REMOVAL.max_area, limits=(0, 1)),
+         default=MAX_AREA, limits=(0, 1)),
     Flag("nulls", "null controls of each object: its mask where no object is",
-         default=REMOVAL.nulls, limits=(0, 100)),
+         default=NULLS, limits=(0, 100)),
     Flag("output", "folder for what is written", shown="explanations, or results/counterfactual"),
 ]  # fmt: skip
 
@@ -208,7 +205,7 @@ def load_sentences(model, device):
     UserError if another one is missing.
     """
     try:
-        return SentenceModel(model or DEFAULT_MODEL, device), None
+        return SentenceModel(model or SENTENCE_MODEL, device), None
     except ScorerUnavailable as error:
         if model is not None:
             raise UserError(str(error)) from None
@@ -240,6 +237,7 @@ def main():
     """Measure the importance of objects, and write it."""
     args = parse_arguments()
     decoding = decoding_options(args)
+    import_what_waits()
     set_seed(args.seed)
     device = distributed.own_device(args.device)
     jobs = []

