@@ -209,19 +209,19 @@ def observe(captioner, images, decoding):
     UserError if it says nothing of the first.
     """
     photographs = [Image.fromarray(image) for image in images]
-    pixels = captioner.pixels_of(photographs)
     if isinstance(captioner, PretrainedCaptioner):
+        seen = photographs
         captions = captioner.caption(photographs, **decoding)
         say = _explained
     else:
-        pixels = captioner.encode(pixels)
-        captions = captioner.decode(pixels, **decoding)
+        seen = captioner.encode(captioner.pixels_of(photographs))
+        captions = captioner.decode(seen, **decoding)
         say = teacher_forced
     original = captions[0]
     if not original:
         raise SaysNothing("the captioner says nothing of the image, so no object matters to it")
-    own = say(captioner, pixels, captions)
-    forced = say(captioner, pixels, [original] * len(images))
+    own = say(captioner, seen, captions)
+    forced = say(captioner, seen, [original] * len(images))
     spoken = []
     for caption, (_, attention), (probabilities, _) in zip(captions, own, forced):
         spoken.append(Spoken(caption, attention, probabilities))
@@ -251,14 +251,14 @@ def teacher_forced(captioner, features, captions):
     return found
 
 
-def _explained(captioner, pixels, captions):
-    """What `teacher_forced` returns, of a captioner of transformers and its own pixels."""
+def _explained(captioner, photographs, captions):
+    """What `teacher_forced` returns, of a captioner of transformers and PIL images."""
     found = []
     for row, words in enumerate(captions):
         if not words:
             found.append((np.zeros(0), np.zeros((0, 1))))
             continue
-        explained = captioner.explain(pixels[row : row + 1], [words], method="attention")[0]
+        explained = captioner.explain([photographs[row]], [words], method="attention")[0]
         attention = explained.attention.double().mean(dim=1).numpy()
         found.append((explained.probabilities.double().numpy(), attention))
     return found

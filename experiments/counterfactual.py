@@ -210,10 +210,9 @@ def _distances(found, kind, number, first=False):
 def _explained(study, photograph, found, objects):
     """{method: the share of its positive relevance in each object} of an image's caption."""
     shares = {}
-    pixels = study.captioner.pixels_of([photograph])
     masks = [thing.mask for thing in objects]
     for method in study.methods:
-        explanation = study.captioner.explain(pixels, [found.original.caption], method=method)[0]
+        explanation = study.captioner.explain([photograph], [found.original.caption], method)[0]
         shares[method] = shares_inside(explanation, masks)
     return shares
 

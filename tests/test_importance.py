@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_transformers
 import torch
 from helpers import random_captioner
 from PIL import Image
@@ -11,6 +12,7 @@ from tiny_transformers import SMALL, bert_tokenizer
 
 import importance as module
 from bert.sentences import SentenceModel, bertscore_distance, cosine_distance
+from captioner import load_captioner
 from explanation import Explanation
 from importance import (
     EXACT,
@@ -331,6 +333,22 @@ def test_importance_is_the_change_of_the_caption_of_the_filled_image():
     before, after = captioner.explain(pixels, [words, words], method="attention")
     drops = (before.probabilities - after.probabilities).tolist()
     assert found.effect("black", 1).drops == pytest.approx(drops, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", ["blip", "vit_gpt2"])
+def test_a_captioner_of_transformers(family, tmp_path):
+    captioner = load_captioner(tiny_transformers.save(family, tmp_path / family))
+    image, objects = scene_and_objects()
+    fill = {"mean": filler_of(load_inpainter("mean"))}
+    found = importance(captioner, image, objects, fill, Removal(nulls=0))
+    (words,) = captioner.caption([Image.fromarray(image)])
+    assert found.original.caption == words
+    assert found.original.attention.sum(axis=1).max() <= 1 + 1e-6
+    effects = found.effects["mean"]
+    assert effects[0].distances["probability"] == 0
+    assert effects[1].distances["probability"] != 0
+    before = captioner.explain([Image.fromarray(image)], [words], method="attention")[0]
+    assert found.original.probabilities == pytest.approx(before.probabilities.numpy(), rel=1e-5)
 
 
 def test_a_filler_may_know_no_answer():
