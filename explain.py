@@ -63,8 +63,10 @@ with after_parsing(globals()):
     from images import image_files, image_transform, load_image
     from page import Entry, entry_data, write_page
     from plots import (
+        PRINTED_DOTS_PER_INCH,
         comparison_figure,
         explanation_figure,
+        fit_width,
         paint_boxes,
         save_figure,
     )
@@ -142,6 +144,14 @@ FLAGS = [
         shown="none",
     ),
     Flag(
+        "figure_width",
+        "the width of that figure in millimetres, such as 85 for one column",
+        type=float,
+        limits=(1, 1000),
+        metavar="MM",
+        shown="as its words need, 41 and 35 for each",
+    ),
+    Flag(
         "html",
         "also write one page of all images into this file, .html",
         metavar="FILE",
@@ -161,6 +171,7 @@ class Wanted:
     words     the words to draw, or None for all
     scale     what shares one scale of colours, one of names.SCALES
     figure    the file of a figure of words and methods, or None
+    width     of that figure, in millimetres, or None
     html      the file of a page of all images, or None
     decoding  options of the captioner's own caption
     """
@@ -171,6 +182,7 @@ class Wanted:
     words: list | None
     scale: str
     figure: Path | None
+    width: float | None
     html: Path | None
     decoding: dict
 
@@ -234,6 +246,8 @@ def check_arguments(args, decoding):
         raise UserError(
             "the flags of decoding are for the captioner's own caption, and --caption gives another"
         )
+    if args.figure_width is not None and args.figure is None:
+        raise UserError("--figure_width goes with --figure")
     if (args.target is None) != (args.position is None):
         raise UserError("--target and --position go together: which word, and in place of which")
     if args.target is not None and args.words is not None:
@@ -280,10 +294,11 @@ def what_is_wanted(args, decoding):
         methods["lrp"] = "attnlrp"
     caption = None if args.caption is None else tokenize(args.caption)
     figure = None if args.figure is None else Path(args.figure)
+    width = args.figure_width
     page = None if args.html is None else Path(args.html)
     target = None if args.target is None else target_of(args.target, args.position)
     if args.words is None:
-        return Wanted(methods, caption, target, None, args.scale, figure, page, decoding)
+        return Wanted(methods, caption, target, None, args.scale, figure, width, page, decoding)
     words = tokenize(" ".join(args.words))
     if not words:
         raise UserError("--words gives no word to draw")
@@ -291,7 +306,7 @@ def what_is_wanted(args, decoding):
         for word in words:
             if word not in caption:
                 raise UserError(f"--caption has no word '{word}' to draw")
-    return Wanted(methods, caption, target, words, args.scale, figure, page, decoding)
+    return Wanted(methods, caption, target, words, args.scale, figure, width, page, decoding)
 
 
 def target_of(text, position):
@@ -649,11 +664,15 @@ def write_explanations(stem, photograph, explanations, wanted, about):
         write_numbers(extended(own, ".json"), explanation, about)
         figure = explanation_figure(photograph.image, explanation, positions, wanted.scale)
         tqdm.write(f"  explained in {save_figure(figure, extended(own, '.png'))}")
-    files = [extended(stem, "-methods.png")] if len(explanations) > 1 else []
-    files += [wanted.figure] if wanted.figure is not None else []
-    for path in files:
+    if len(explanations) > 1:
         figure = comparison_figure(photograph.image, explanations, positions, wanted.scale)
-        tqdm.write(f"  side by side in {save_figure(figure, path)}")
+        tqdm.write(f"  side by side in {save_figure(figure, extended(stem, '-methods.png'))}")
+    if wanted.figure is not None:
+        figure = comparison_figure(photograph.image, explanations, positions, wanted.scale)
+        if wanted.width is not None:
+            fit_width(figure, wanted.width / 25.4)
+        path = save_figure(figure, wanted.figure, PRINTED_DOTS_PER_INCH)
+        tqdm.write(f"  side by side in {path}")
     return [caption[position] for position in positions]
 
 

@@ -23,10 +23,11 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from commandline import write_atomically
+from commandline import UserError, write_atomically
 from gradient_utils import NON_NEGATIVE, SIGNED, SIZE
 from names import SCALES
 
@@ -52,6 +53,7 @@ BLUR = 0.012
 LARGEST = 640  # pixels of the longer side of an image in a figure
 
 DOTS_PER_INCH = 120
+PRINTED_DOTS_PER_INCH = 300
 TEXT_AS_TEXT = {"pdf.fonttype": 42, "svg.fonttype": "none"}  # by default it becomes outlines
 # All that follows is in inches.
 PANEL = 2.3  # the width of a panel and the margins beside it
@@ -75,6 +77,8 @@ SMALL_ROW = 0.95  # the least height of a row of a comparison, where its method'
 
 WORD_SIZE = 9  # points
 SMALL_PRINT = 7.5  # points
+SMALLEST_PRINT = 5.5  # points, in a figure that is made to fit a column
+SMALLEST_ZOOM = 0.55  # at which this print still has room
 CHARACTER = 0.1  # the mean width of a caption's character, in inches
 # An image of another shape is drawn smaller, so that it does not leave these (height by width).
 FLATTEST = 0.35
@@ -512,6 +516,22 @@ def comparison_figure(image, explanations, positions=None, scale="caption"):
     for index, block in enumerate(blocks):
         draw_block(sheet, header + index * block_height, row_height, drawings, block)
     return sheet.figure
+
+
+def fit_width(figure, width):
+    """Make a figure as wide as a column of a paper, in inches, if it is wider; its print too.
+
+    The print does not get smaller than SMALLEST_PRINT. UserError if there is no room for it then.
+    """
+    zoom = width / figure.get_figwidth()
+    if zoom >= 1:
+        return
+    if zoom < SMALLEST_ZOOM:
+        least = math.ceil(25.4 * SMALLEST_ZOOM * figure.get_figwidth())
+        raise UserError(f"the figure needs {least} mm at least; draw fewer words")
+    figure.set_size_inches(zoom * figure.get_size_inches())
+    for text in figure.findobj(Text):
+        text.set_fontsize(max(zoom * text.get_fontsize(), SMALLEST_PRINT))
 
 
 def draw_header(sheet, height, drawing, caption):

@@ -303,6 +303,18 @@ def test_a_target_that_makes_no_sense_is_refused(workplace, monkeypatch, flags, 
         explain(workplace, monkeypatch, "photo.jpg", *OWN, *flags)
 
 
+def test_the_figure_may_fit_a_column(workplace, monkeypatch):
+    figure = workplace / "column.svg"
+    arguments = ["photo.jpg", *OWN, "--caption", "w1 w2 w3", "--output", "column"]
+    arguments += ["--method", "lrp", "gradcam", "--figure", figure]
+    explain(workplace, monkeypatch, *arguments, "--figure_width", 85)
+    assert f'width="{85 / 25.4 * 72:.1f}' in figure.read_text()
+    with pytest.raises(UserError, match="the figure needs 81 mm at least; draw fewer words"):
+        explain(workplace, monkeypatch, *arguments, "--figure_width", 60)
+    with pytest.raises(UserError, match="--figure_width goes with --figure"):
+        explain(workplace, monkeypatch, "photo.jpg", *OWN, "--figure_width", 85)
+
+
 def test_one_page_may_hold_all_images(workplace, monkeypatch, capsys):
     page = workplace / "gallery" / "all.html"
     arguments = ["photo.jpg", "copy.png", *OWN, "--caption", "w1 w2", "--method", "lrp", "gradcam"]

@@ -11,14 +11,17 @@ from PIL import Image
 
 import plots
 from captioner import METHODS
+from commandline import UserError
 from explanation import NON_NEGATIVE, SIGNED, SIZE, Explanation
 from plots import (
     DIVERGING,
     SEQUENTIAL,
+    SMALLEST_PRINT,
     comparison_figure,
     contrast,
     drawing_of,
     explanation_figure,
+    fit_width,
     heat_map,
     ink_on,
     overlay,
@@ -377,3 +380,29 @@ def test_all_of_a_long_caption_is_inside_the_figure_and_no_text_lies_on_another(
 def test_the_width_of_a_word_is_measured_in_inches():
     assert text_width("mm") == pytest.approx(2 * text_width("m"), rel=0.1)
     assert 0.1 < text_width("word") < 0.6
+
+
+def test_a_figure_that_fits_a_column_has_room_for_its_print():
+    explanations = {
+        "lrp": explanation_of(random_maps(3)),
+        "guided_backprop": explanation_of(random_maps(3), kind=SIZE),
+        "gradcam": explanation_of(random_maps(3).abs(), kind=NON_NEGATIVE),
+    }
+    figure = comparison_figure(GRAY, explanations)
+    shape = figure.get_figheight() / figure.get_figwidth()
+    column = 85 / 25.4
+    fit_width(figure, column)
+    assert figure.get_size_inches() == pytest.approx([column, column * shape])
+    renderer = figure.canvas.get_renderer()
+    assert min(text.get_fontsize() for text in figure.texts) == SMALLEST_PRINT
+    boxes = [text.get_window_extent(renderer) for text in figure.texts]
+    for index, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+        for other in boxes[:index]:
+            overlap_x = min(box.x1, other.x1) - max(box.x0, other.x0)
+            overlap_y = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert overlap_x <= 1 or overlap_y <= 2  # pixels: boxes are larger than their letters
+    fit_width(figure, 20)  # it is narrower already
+    assert figure.get_figwidth() == pytest.approx(column)
+    with pytest.raises(UserError, match="draw fewer words"):
+        fit_width(figure, 0.5 * column)
