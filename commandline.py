@@ -42,6 +42,7 @@ def run(main):
     That is a UserError, an OSError (a full disk, a folder that cannot be written) and a lack of
     memory. An interruption ends with exit code 130.
     """
+    os.environ.pop("MPLBACKEND", None)  # no window is opened, and an unknown one is an error
     try:
         main()
     except (UserError, OSError) as error:
@@ -295,7 +296,8 @@ def write_json(path, value, indent=1):
     """Write `value` as JSON to `path`, whole or not at all."""
     text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
     with write_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A file's name may hold bytes that are no UTF-8; they become question marks.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def read_json(path):

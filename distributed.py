@@ -25,19 +25,30 @@ from commandline import UserError, choose_device
 PATIENCE = timedelta(hours=12)
 
 
+def _setting(name, alone):
+    """What torchrun has set in the environment, an int; `alone` where it did not start this.
+
+    UserError for what torchrun would not set.
+    """
+    text = os.environ.get(name, str(alone))
+    if not text.isdecimal() or int(text) < (1 if name.endswith("WORLD_SIZE") else 0):
+        raise UserError(f"the environment has {name}={text}; unset it, or start by torchrun")
+    return int(text)
+
+
 def rank():
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return _setting("RANK", 0)
 
 
 def world_size():
     """How many processes share the job."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _setting("WORLD_SIZE", 1)
 
 
 def processes_here():
     """How many processes of the job run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _setting("LOCAL_WORLD_SIZE", 1)
 
 
 def is_main():
@@ -47,7 +58,7 @@ def is_main():
 
 def restarted():
     """Whether torchrun started the processes again, because one failed or others joined."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _setting("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def own_device(name=None):
@@ -65,7 +76,7 @@ def own_device(name=None):
         )
     if name in (None, "cuda") and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = _setting("LOCAL_RANK", 0)
         if local_rank >= gpus:
             raise UserError(f"--nproc_per_node is more than the {gpus} GPUs of this machine")
         name = f"cuda:{local_rank}"
@@ -78,6 +89,12 @@ def job(device):
     if world_size() == 1:
         yield
         return
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"the environment has WORLD_SIZE={world_size()} and no {name}; unset it, or start "
+                "by torchrun"
+            )
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

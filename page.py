@@ -67,7 +67,7 @@ def page(entries, title="Explained captions"):
 def write_page(path, entries, title="Explained captions"):
     """Write what `page` returns into a file, whole or not at all; returns the path."""
     with write_atomically(path) as temporary:
-        temporary.write_text(page(entries, title), encoding="utf-8")
+        temporary.write_text(page(entries, title), encoding="utf-8", errors="replace")
     return path
 
 

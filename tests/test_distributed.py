@@ -171,3 +171,26 @@ def test_more_processes_than_gpus_are_refused(second_of_two):
 def test_one_gpu_for_all_processes_is_refused(second_of_two):
     with pytest.raises(UserError, match="2 processes would share the device 'cuda:0'"):
         distributed.own_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "")]
+)
+def test_what_torchrun_would_not_set_is_told(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    asked = {"RANK": distributed.rank, "WORLD_SIZE": distributed.world_size}
+    with pytest.raises(UserError, match=f"the environment has {name}={value}; unset it"):
+        asked.get(name, distributed.processes_here)()
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_several_processes_need_to_find_one_another(monkeypatch, missing):
+    values = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with (
+        pytest.raises(UserError, match=f"WORLD_SIZE=2 and no {missing}"),
+        distributed.job(torch.device("cpu")),
+    ):
+        pass

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -301,6 +302,16 @@ def test_a_word_that_was_not_said_is_explained_as_if_it_were(workplace, monkeypa
 def test_a_target_that_makes_no_sense_is_refused(workplace, monkeypatch, flags, message):
     with pytest.raises(UserError, match=message):
         explain(workplace, monkeypatch, "photo.jpg", *OWN, *flags)
+
+
+def test_a_name_that_is_no_utf_8_and_an_unknown_backend_do_no_harm(workplace):
+    name = os.fsencode("photo") + b"-\xff.jpg"
+    (workplace / os.fsdecode(name)).write_bytes((workplace / "photo.jpg").read_bytes())
+    line = [sys.executable, ROOT / "explain.py", name, *OWN, "--caption", "w1", "--output", "odd"]
+    surroundings = {**os.environ, "MPLBACKEND": "nonsense", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(line, cwd=workplace, capture_output=True, env=surroundings)
+    assert done.returncode == 0, done.stderr
+    assert len(list((workplace / "odd").iterdir())) == 4
 
 
 def test_the_figure_may_fit_a_column(workplace, monkeypatch):
