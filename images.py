@@ -101,7 +101,7 @@ def opened_image(path):
     """The image in `path` as PIL opens it; whatever goes wrong with it is a UserError naming the
     file."""
     if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe could take for ever
-        raise UserError(f"{path} is no file of an image")
+        raise UserError(f"{path} cannot be read as an image, for it is no file")
     try:
         with Image.open(path) as image:
             yield image
