@@ -68,6 +68,7 @@ GAP = 0.1  # between what stands one below the other in a panel
 BAR = 0.15  # the height of a bar and the space around it
 BAR_SIDES = 0.45  # the room for the name of a bar, and for its number
 NOTE_LINE = 0.16  # the height of a line of small print
+NOTE_CHARACTER = 0.063  # the mean width of its character
 COLOUR_BAR = 0.1  # the height of a colour bar
 SMALL_PANEL = 0.6 * PANEL  # in a comparison of methods
 SMALL_MARGIN = 0.03
@@ -510,9 +511,13 @@ def comparison_figure(image, explanations, positions=None, scale="caption"):
     block_height = TITLE + row_height * len(drawings)
     width = METHOD + SMALL_PANEL * columns
     caption = textwrap.wrap(" ".join(words), int(SMALL_PANEL * columns / CHARACTER))
-    header = CAPTION + CAPTION_LINE * len(caption)
+    note = "each map has a scale of its own"
+    if next(iter(drawings.values())).shared:
+        note = "each row has one scale for all words"
+    notes = textwrap.wrap(note, int(SMALL_PANEL * columns / NOTE_CHARACTER))
+    header = CAPTION + CAPTION_LINE * len(caption) + NOTE_LINE * (len(notes) - 1)
     sheet = Sheet(width, header + block_height * len(blocks))
-    draw_header(sheet, header + TITLE, next(iter(drawings.values())), caption)
+    draw_header(sheet, header + TITLE, next(iter(drawings.values())), caption, notes)
     for index, block in enumerate(blocks):
         draw_block(sheet, header + index * block_height, row_height, drawings, block)
     return sheet.figure
@@ -534,17 +539,14 @@ def fit_width(figure, width):
         text.set_fontsize(max(zoom * text.get_fontsize(), SMALLEST_PRINT))
 
 
-def draw_header(sheet, height, drawing, caption):
-    """The top of a comparison: the photograph, the caption's lines, and what shares a scale."""
+def draw_header(sheet, height, drawing, caption, notes):
+    """The top of a comparison: the photograph, and the lines of caption and small print."""
     axes = sheet.axes(0.08, 0.08, METHOD - 0.25, height - 0.1)
     axes.imshow(drawing.photograph, interpolation="lanczos")
     axes.set_anchor("NW")
     left = METHOD + SMALL_MARGIN
     sheet.text(left, 0.12, "\n".join(caption), fontsize=13)
-    note = "each map has a scale of its own"
-    if drawing.shared:
-        note = "each row has one scale for all words"
-    sheet.note(left, 0.2 + CAPTION_LINE * len(caption), note)
+    sheet.note(left, 0.2 + CAPTION_LINE * len(caption), "\n".join(notes))
 
 
 def draw_block(sheet, top, row_height, drawings, positions):

@@ -377,6 +377,16 @@ def test_all_of_a_long_caption_is_inside_the_figure_and_no_text_lies_on_another(
                 assert min(overlap_x, overlap_y) < 2  # pixels
 
 
+@pytest.mark.parametrize("scale", plots.SCALES)
+def test_all_of_a_comparison_of_one_word_is_inside_the_figure(scale):
+    explanation = explanation_of(random_maps(6))
+    figure = comparison_figure(GRAY, {"lrp": explanation}, [2], scale)
+    renderer = figure.canvas.get_renderer()
+    for text in figure.texts:
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text.get_text()
+
+
 def test_the_width_of_a_word_is_measured_in_inches():
     assert text_width("mm") == pytest.approx(2 * text_width("m"), rel=0.1)
     assert 0.1 < text_width("word") < 0.6
