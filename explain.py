@@ -297,6 +297,10 @@ def what_is_wanted(args, decoding):
     width = args.figure_width
     page = None if args.html is None else Path(args.html)
     target = None if args.target is None else target_of(args.target, args.position)
+    if caption and target is not None and target[1] > len(caption):
+        raise UserError(
+            f"--caption ends with word {len(caption)}, so it has no word --position {target[1]}"
+        )
     if args.words is None:
         return Wanted(methods, caption, target, None, args.scale, figure, width, page, decoding)
     words = tokenize(" ".join(args.words))
@@ -592,12 +596,14 @@ def explain(captioner, photographs, wanted):
             tqdm.write(f"{photographs[index].path}: {reason}")
     if not spoken:
         return
-    captions = [with_target(captions[index], wanted.target) for index in spoken]
+    explained = [with_target(captions[index], wanted.target) for index in spoken]
     found = {}
     for name, method in wanted.methods.items():
-        found[name] = captioner.explain(inputs[spoken], captions, method)
+        found[name] = captioner.explain(inputs[spoken], explained, method)
     for row, index in enumerate(spoken):
         explanations = {name: rows[row] for name, rows in found.items()}
+        if wanted.target is not None:
+            name_replaced(explanations, captions[index], wanted.target)
         if captioner.encoder.given:
             paint_regions(explanations, photographs[index])
         yield photographs[index], explanations
@@ -608,7 +614,7 @@ def why_unexplained(caption, target):
     if not caption:
         return "the captioner says nothing of it, so there is nothing to explain"
     if target is not None and target[1] > len(caption):
-        return f"the caption has {len(caption)} words, so --position {target[1]} is none of them"
+        return f"the caption ends with word {len(caption)}, so it has no word {target[1]}"
     return None
 
 
@@ -621,6 +627,13 @@ def with_target(caption, target):
         return caption
     word, position = target
     return [*caption[: position - 1], word]
+
+
+def name_replaced(explanations, caption, target):
+    """Tell the explanations of a target which word of the caption it stands in for."""
+    _, position = target
+    for explanation in explanations.values():
+        explanation.instead_of = caption[position - 1]
 
 
 def network_inputs(encoder, photographs):
@@ -645,8 +658,9 @@ def write_explanations(stem, photograph, explanations, wanted, about):
     wanted: the Wanted; nothing is written where the caption has none of the words to draw. about:
     what the files hold besides. Returns the words that were drawn.
     """
-    caption = next(iter(explanations.values())).words
-    tqdm.write(f"{photograph.path}: {' '.join(caption)}")
+    first = next(iter(explanations.values()))
+    caption = first.words
+    tqdm.write(f"{photograph.path}: {first.title()}")
     positions = []
     for position, word in enumerate(caption):
         if wanted.words is None or word in wanted.words:
@@ -657,6 +671,8 @@ def write_explanations(stem, photograph, explanations, wanted, about):
         tqdm.write(f"  not drawn, for it has no word {' or '.join(wanted.words)}")
         return []
     about = {**about, "image": str(photograph.path), "caption": " ".join(caption)}
+    if first.instead_of is not None:
+        about["instead_of"] = first.instead_of
     for name, explanation in explanations.items():
         own = extended(stem, f"-{name}")
         about["method"] = name
@@ -682,6 +698,8 @@ def write_arrays(path, explanation, about):
     for name, value in {**vars(explanation), **explanation.extra}.items():
         if isinstance(value, torch.Tensor):
             arrays[name] = value.numpy()
+    if explanation.instead_of is not None:
+        arrays["instead_of"] = np.array(explanation.instead_of)
     with write_atomically(path) as temporary:
         np.savez_compressed(temporary, words=np.array(explanation.words), **arrays)
 

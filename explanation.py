@@ -170,6 +170,8 @@ class Explanation:
     kind, additive    those of the Method
     method            its name
     photograph        a PIL image, if the captioner was given one or its file, else None
+    instead_of        the word that the caption has where the last of `words` stands, if that is one
+                      that was not said, else None
 
     In a notebook it shows itself as a page, in which one points at words.
     """
@@ -187,6 +189,14 @@ class Explanation:
     additive: bool = False
     method: str = ""
     photograph: Image.Image | None = None
+    instead_of: str | None = None
+
+    def title(self):
+        """The caption in one line; it tells where the last word is not the caption's own."""
+        if self.instead_of is None:
+            return " ".join(self.words)
+        *before, target = self.words
+        return " ".join([*before, f"({target}) instead of {self.instead_of}"])
 
     def __repr__(self):
         words = []

@@ -278,9 +278,8 @@ def explanation_figure(image, explanation, positions=None, scale="caption"):
     score, two bars: how much of it the image and the preceding words have; then these words.
     positions: of the words to draw, or None for all; scale: one of SCALES.
     """
-    words = explanation.words
     if positions is None:
-        positions = range(len(words))
+        positions = range(len(explanation.words))
     drawing = drawing_of(image, explanation, scale)
     side = PANEL - 2 * MARGIN
     height = side * panel_shape(image)
@@ -288,7 +287,7 @@ def explanation_figure(image, explanation, positions=None, scale="caption"):
     panels += [WordPanel(drawing, position, side) for position in positions]
     rows = panel_rows(panels)
     columns = len(rows[0])
-    caption = textwrap.wrap(" ".join(words), int(PANEL * columns / CHARACTER))
+    caption = textwrap.wrap(explanation.title(), int(PANEL * columns / CHARACTER))
     top = CAPTION + CAPTION_LINE * (len(caption) - 1)
     tops = []
     for row in rows:
@@ -497,8 +496,8 @@ def comparison_figure(image, explanations, positions=None, scale="caption"):
     or None for all; scale: one of SCALES, for each method by itself. Many words stand in several
     blocks, one below the other.
     """
-    words = next(iter(explanations.values())).words
-    positions = list(range(len(words)) if positions is None else positions)
+    first = next(iter(explanations.values()))
+    positions = list(range(len(first.words)) if positions is None else positions)
     drawings = {}
     for method, explanation in explanations.items():
         drawings[method] = drawing_of(image, explanation, scale)
@@ -510,7 +509,7 @@ def comparison_figure(image, explanations, positions=None, scale="caption"):
     )
     block_height = TITLE + row_height * len(drawings)
     width = METHOD + SMALL_PANEL * columns
-    caption = textwrap.wrap(" ".join(words), int(SMALL_PANEL * columns / CHARACTER))
+    caption = textwrap.wrap(first.title(), int(SMALL_PANEL * columns / CHARACTER))
     note = "each map has a scale of its own"
     if next(iter(drawings.values())).shared:
         note = "each row has one scale for all words"

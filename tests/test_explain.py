@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -284,8 +285,33 @@ def test_a_word_that_was_not_said_is_explained_as_if_it_were(workplace, monkeypa
     wide = Image.open(workplace / "target/photo-it-w1_w5-lrp.png").size
     narrow = Image.open(workplace / "target/photo-it-w1_w2_w3-w5_at_2-lrp.png").size
     assert narrow[0] < wide[0]  # only the target is drawn
-    explain(workplace, monkeypatch, *caption, "w1", "--target", "w5", "--position", "2")
-    assert "the caption has 1 words, so --position 2 is none of them" in capsys.readouterr().out
+    assert "photo.jpg: w1 (w5) instead of w2" in capsys.readouterr().out
+    assert found["instead_of"] == "w2"
+    assert "instead_of" not in expected
+    facts = json.loads((workplace / "target/photo-it-w1_w2_w3-w5_at_2-lrp.json").read_text())
+    assert facts["instead_of"] == "w2"
+
+
+def test_the_figures_of_a_target_say_which_word_it_replaces(workplace, monkeypatch):
+    figure = workplace / "instead.svg"
+    arguments = ["photo.jpg", *OWN, "--output", "instead", "--figure", figure]
+    arguments += ["--caption", "w1 w2", "--target", "w5", "--position", "2"]
+    explain(workplace, monkeypatch, *arguments)
+    texts = re.findall("<text[^>]*>([^<]*)<", figure.read_text())
+    assert "w1 (w5) instead of w2" in " ".join(texts)  # in as many lines as it needs
+
+
+def test_a_caption_without_a_word_at_the_position_of_a_target_is_told(
+    workplace, monkeypatch, capsys
+):
+    target = ["photo.jpg", *OWN, "--output", "short", "--target", "w5", "--position"]
+    with pytest.raises(
+        UserError, match="--caption ends with word 1, so it has no word --position 2"
+    ):
+        explain(workplace, monkeypatch, *target, "2", "--caption", "w1")
+    explain(workplace, monkeypatch, *target, "99")
+    assert "so it has no word 99" in capsys.readouterr().out
+    assert not (workplace / "short").exists()
 
 
 @pytest.mark.parametrize(

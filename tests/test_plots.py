@@ -387,6 +387,14 @@ def test_all_of_a_comparison_of_one_word_is_inside_the_figure(scale):
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, text.get_text()
 
 
+def test_an_explanation_of_a_word_that_was_not_said_tells_so_in_its_title():
+    explanation = explanation_of(random_maps(3))
+    explanation.words[:] = ["a", "big", "cat"]
+    assert explanation.title() == "a big cat"
+    explanation.instead_of = "dog"
+    assert explanation.title() == "a big (cat) instead of dog"
+
+
 def test_the_width_of_a_word_is_measured_in_inches():
     assert text_width("mm") == pytest.approx(2 * text_width("m"), rel=0.1)
     assert 0.1 < text_width("word") < 0.6
