@@ -10,8 +10,8 @@ count, for otherwise there is nothing to tell apart.
 
 The six captions that are told one by one are the first of each planted pair in the test split, in
 the order of its images. They are not chosen by what the bars say. Another count is that of the
-first six captions, whichever their pairs. The script needs the scenes
-(`python preparedataset.py`) and takes some minutes.
+first six captions, whichever their pairs. The script needs the scenes (`python preparedataset.py`)
+and takes some minutes.
 """
 
 import sys
