@@ -146,14 +146,15 @@ def smaller_maps(maps, side):
 
 def quantised(maps):
     """Maps (N, h, w) as signed bytes, each map by its own largest value; see `layer_data`."""
-    scales = np.abs(maps).max(axis=(1, 2), initial=0)
+    # As the page has them, so that rounding does not move a map.
+    scales = np.array(rounded(np.abs(maps).max(axis=(1, 2), initial=0)))
     full = [np.percentile(np.abs(values), CLIP_PERCENTILE) for values in maps]
     shares = maps / np.where(scales > 0, scales, 1)[:, None, None]
     levels = np.rint(LEVELS * shares).astype(np.int8)
     return {
         "width": maps.shape[2],
         "height": maps.shape[1],
-        "scales": rounded(scales),
+        "scales": scales.tolist(),
         "full": rounded(np.array(full)),
         "bytes": base64.b64encode(levels.tobytes()).decode(),
     }

@@ -80,7 +80,7 @@ def test_a_map_is_kept_to_half_a_level():
     assert found.shape == maps.shape  # it is small enough to be kept as it is
     largest = np.abs(maps).max(axis=(1, 2))
     error = np.abs(found - maps).max(axis=(1, 2))
-    assert (error <= largest * (0.5 / LEVELS + 1e-4)).all()
+    assert (error <= largest * (0.5 / LEVELS) * (1 + 1e-4)).all()
     heads = data["layers"][0]["heads"]
     expected = explanation.attention.reshape(-1, 4, 4).numpy()
     assert heads["count"] == HEADS
