@@ -71,8 +71,6 @@ MODES = {"photographs": "photographs", "split": "--dataset"}
 CHECKPOINTS = {"scenes": "checkpoints/scenes-gridtd.pt"}  # by source; of all others:
 DEFAULT_CHECKPOINT = "checkpoints/flickr8k.pt"
 SPLITS = ("test", "val", "train")  # the first of them that a dataset has is examined
-GENERATIVE = "generative"
-CLASSICAL = [name for name in INPAINTERS if name != GENERATIVE]
 SHOWN = {  # distance: what a figure says of it
     "sentence": "1 − cosine of captions, {model}",
     "bertscore": "1 − BERTScore of captions, {model}",
@@ -123,10 +121,8 @@ FLAGS = [
         choices=tuple(INPAINTERS),
         nargs="+",
         metavar="NAME",
-        shown=f"telea; of a split {', '.join(CLASSICAL)}",
+        shown="telea; of a split all",
     ),
-    Flag("inpainter_weights", "weights of the generative inpainter", metavar="FILE",
-         shown="its own"),
     Flag(
         "bert_model",
         "the model that compares captions, a folder or a Hugging Face name",
@@ -181,7 +177,7 @@ def parse_arguments():
     if args.photographs and args.objects is None:
         raise UserError("--objects has to say what is in the photographs")
     if args.inpainter is None:
-        args.inpainter = CLASSICAL if args.dataset else ["telea"]
+        args.inpainter = list(INPAINTERS) if args.dataset else ["telea"]
     if args.output is None:
         args.output = "results/counterfactual" if args.dataset else "explanations"
     if args.checkpoint is None:
@@ -212,17 +208,6 @@ def load_sentences(model, device):
         return None, f"sentence and bertscore are left out: {error}"
 
 
-def load_fillers(names, weights, device):
-    """The fillers of inpainters; weights: a file for the generative one, or None."""
-    if weights is not None and GENERATIVE not in names:
-        raise UserError(f"--inpainter_weights goes with --inpainter {GENERATIVE}")
-    fillers = {}
-    for name in names:
-        own = weights if name == GENERATIVE else None
-        fillers[name] = filler_of(load_inpainter(name, own, device))
-    return fillers
-
-
 def chosen_distance(distance, sentences):
     """The distance that figures show; `distance` is the user's choice, or None.
 
@@ -244,7 +229,7 @@ def main():
     for path in map(Path, args.photographs):
         jobs.append((path, np.asarray(load_image(path)), read_objects(args.objects, path)))
     captioner = load_captioner(args.checkpoint, device)
-    fillers = load_fillers(args.inpainter, args.inpainter_weights, device)
+    fillers = {name: filler_of(load_inpainter(name)) for name in args.inpainter}
     removal = Removal(args.dilation, args.max_area, args.nulls, args.seed)
     sentences, notice = load_sentences(args.bert_model, device)
     about = provenance(args.seed, args.checkpoint)

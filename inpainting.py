@@ -50,17 +50,14 @@ INPAINTERS = {
 }
 
 
-def load_inpainter(name, weights=None, device=None):
+def load_inpainter(name):
     """The inpainter called `name`: a function of (image uint8 (H, W, 3), mask bool (H, W), True
     where it is to be filled) that returns the filled image, uint8.
 
-    weights, device: of a trained inpainter. UserError if there is no such inpainter, or it has no
-    weights.
+    UserError if there is no such inpainter.
     """
     if name not in INPAINTERS:
         raise UserError(f"there is no inpainter '{name}'; choose from {', '.join(INPAINTERS)}")
-    if weights is not None:
-        raise UserError(f"the inpainter {name} has no weights")
 
     def inpaint(image, mask):
         if image.shape[:2] != mask.shape:

@@ -288,19 +288,28 @@ def explanation_figure(image, explanation, positions=None, scale="caption"):
     rows = panel_rows(panels)
     columns = len(rows[0])
     caption = textwrap.wrap(explanation.title(), int(PANEL * columns / CHARACTER))
-    top = CAPTION + CAPTION_LINE * (len(caption) - 1)
+    sheet = panel_sheet(rows, CAPTION + CAPTION_LINE * (len(caption) - 1), height)
+    sheet.text(MARGIN, 0.12, "\n".join(caption), fontsize=13)
+    return sheet.figure
+
+
+def panel_sheet(rows, top, height):
+    """A Sheet with rows of panels, each a picture of this height with something below it.
+
+    top: of the first row's titles.
+    """
+    side = PANEL - 2 * MARGIN
     tops = []
     for row in rows:
         tops.append(top + TITLE)
         top += TITLE + height + max(panel.height for panel in row) + GAP
-    sheet = Sheet(PANEL * columns, top)
-    sheet.text(MARGIN, 0.12, "\n".join(caption), fontsize=13)
-    for row, top in zip(rows, tops):
+    sheet = Sheet(PANEL * len(rows[0]), top)
+    for row, row_top in zip(rows, tops):
         for column, panel in enumerate(row):
             left = column * PANEL + MARGIN
-            panel.draw_picture(sheet.axes(left, top, side, height))
-            panel.draw_below(sheet, left, top + height + GAP, side)
-    return sheet.figure
+            panel.draw_picture(sheet.axes(left, row_top, side, height))
+            panel.draw_below(sheet, left, row_top + height + GAP, side)
+    return sheet
 
 
 def panel_shape(image):
@@ -707,19 +716,7 @@ def importance_figure(photograph, caption, removed, distance):
         title = f"without {thing.name}"
         picture = Image.fromarray(thing.image)
         panels.append(PicturePanel(picture, title, thing.caption, caption, side, thing.value))
-    rows = panel_rows(panels)
-    top = 0.05
-    tops = []
-    for row in rows:
-        tops.append(top + TITLE)
-        top += TITLE + height + max(panel.height for panel in row) + GAP
-    sheet = Sheet(PANEL * len(rows[0]), top)
-    for row, row_top in zip(rows, tops):
-        for column, panel in enumerate(row):
-            left = column * PANEL + MARGIN
-            panel.draw_picture(sheet.axes(left, row_top, side, height))
-            panel.draw_below(sheet, left, row_top + height + GAP, side)
-    return sheet.figure
+    return panel_sheet(panel_rows(panels), 0.05, height).figure
 
 
 class PicturePanel:

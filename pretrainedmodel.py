@@ -664,7 +664,10 @@ class PretrainedCaptioner(ABC):
                 )
             with torch.no_grad():
                 parts.append(method.relevance(self, forward, gradients, positions))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found = {}
+        for name in parts[0]:
+            found[name] = torch.cat([part[name] for part in parts])
+        return found
 
     def _explanation(self, forward, found, ids):
         """The Explanation of words, from what was found of their sub-words."""

@@ -44,7 +44,10 @@ def markdown_table(rows):
         for name, value in row.items():
             if isinstance(value, dict):
                 columns.pop(name, None)
-    aligned = [_aligned_column(name, [row.get(name) for row in rows]) for name in columns]
+    aligned = []
+    for name in columns:
+        values = [row.get(name) for row in rows]
+        aligned.append(_aligned_column(name, values))
     header, *lines = [" | ".join(cells) for cells in zip(*aligned)]
     rule = "-|-".join("-" * len(cells[0]) for cells in aligned)
     return "\n".join([f"| {header} |", f"|-{rule}-|", *(f"| {line} |" for line in lines)])

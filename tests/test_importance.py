@@ -40,8 +40,6 @@ from importance import (
 from inpainting import INPAINTERS, load_inpainter
 from readers.objects import ImageObject, box_mask
 
-CLASSICAL = [name for name in INPAINTERS if name != "generative"]
-
 
 def random_mask(generator, shape=(13, 17), share=0.1):
     return generator.random(shape) < share
@@ -301,10 +299,10 @@ def scene_and_objects():
 def test_removing_nothing_changes_exactly_nothing(tiny_bert):
     captioner = random_captioner()
     image, objects = scene_and_objects()
-    fillers = {name: filler_of(load_inpainter(name)) for name in CLASSICAL}
+    fillers = {name: filler_of(load_inpainter(name)) for name in INPAINTERS}
     model = SentenceModel(str(tiny_bert))
     found = importance(captioner, image, objects, fillers, Removal(nulls=1), model)
-    for name in CLASSICAL:
+    for name in INPAINTERS:
         effects = found.effects[name]
         assert [area.kind for area in found.areas] == [NOTHING, OBJECT, NULL, OBJECT, NULL]
         assert all(value in (0, None) for value in effects[0].distances.values())
@@ -373,7 +371,7 @@ def test_what_cannot_be_asked_is_said(monkeypatch):
         importance(captioner, image, objects, fill)
 
 
-@pytest.mark.parametrize("name", CLASSICAL)
+@pytest.mark.parametrize("name", INPAINTERS)
 def test_an_inpainter_fills_the_mask_only(name):
     image, objects = scene_and_objects()
     mask = objects[0].mask
