@@ -48,7 +48,7 @@ with after_parsing(globals()):
     from captiondata import CaptionDataset, files_hash
     from captioner import MODELS, CaptionerConfig, build_captioner, load_captioner
     from encoder import build_encoder
-    from experiments import EXPERIMENTS
+    from experiments import PAPER_EXPERIMENTS
     from experiments.case import Setting, examine
     from experiments.records import EXAMINED_AT_ONCE
     from explanation import methods_of
@@ -595,7 +595,7 @@ def bench_evaluate(device, repeats):
         for images, _, indices in DataLoader(dataset, EXAMINED_AT_ONCE):
             started = time.perf_counter()
             entries = [dataset.entries[index] for index in indices]
-            examine(images, indices.tolist(), entries, EXPERIMENTS, setting)
+            examine(images, indices.tolist(), entries, PAPER_EXPERIMENTS, setting)
             times.append((time.perf_counter() - started) / len(indices))
     first = statistics.mean(times[1:4])  # the first batch warms up
     last = statistics.mean(times[4:])

@@ -264,10 +264,11 @@ def chosen_folder(args):
 
 
 def chosen_experiments(args):
-    """The names of the experiments of EXPERIMENTS that --experiment asks for."""
-    if "all" in args.experiment:
-        return list(EXPERIMENTS)
-    return [name for name in EXPERIMENTS if name in args.experiment]
+    """The names of the experiments that --experiment asks for; "all" are the paper's."""
+    chosen = set(args.experiment)
+    if "all" in chosen:
+        chosen |= set(names.PAPER_EXPERIMENTS)
+    return [name for name in names.EXPERIMENTS if name in chosen]
 
 
 def wants_captions(args):
@@ -335,13 +336,13 @@ def evaluate_split(captioner, args):
     categories = dataset.info["categories"]
     words = choose_object_words(args.object_words, source_of(dataset.info), corpus, categories)
     decoding = decoding_options(args)
-    names = chosen_experiments(args)
-    if names:  # before the captions, for it may find records of other settings
+    chosen = chosen_experiments(args)
+    if chosen:  # before the captions, for it may find records of other settings
         phrases = object_phrases(categories)
         setting = Setting(captioner, args.methods, phrases, words, decoding, args.seed)
         # A record is of one image, and does not depend on how many there are.
         records = stem if args.output else Path("results") / name
-        run_experiments(dataset, names, setting, args.checkpoint, stem, records, args.workers)
+        run_experiments(dataset, chosen, setting, args.checkpoint, stem, records, args.workers)
     if wants_captions(args):
         options = {"batch_size": args.batch_size, "workers": args.workers}
         source = provenance(args.seed, args.checkpoint)
@@ -484,14 +485,14 @@ def score(captions, rows, metrics, stem, source):
     print(f"{len(rows)} captions and these figures are in {path}")
 
 
-def run_experiments(dataset, names, setting, checkpoint, stem, records_stem, workers):
+def run_experiments(dataset, chosen, setting, checkpoint, stem, records_stem, workers):
     """Run the named experiments on a split, keep their records, print and write their tables.
 
     stem, records_stem: what the names of the tables and of the file of records begin with.
     """
-    experiments = {name: EXPERIMENTS[name] for name in names}
-    ending = "-all" if names == list(EXPERIMENTS) else f"-{'-'.join(names)}"
-    header = header_of(checkpoint, dataset, names, setting)
+    experiments = {name: EXPERIMENTS[name] for name in chosen}
+    ending = "-all" if chosen == list(names.PAPER_EXPERIMENTS) else f"-{'-'.join(chosen)}"
+    header = header_of(checkpoint, dataset, chosen, setting)
     path = extended(records_stem, f"{ending}.jsonl")
     records = examine_split(dataset, experiments, setting, path, header, workers)
     if distributed.is_main():

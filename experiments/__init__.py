@@ -1,4 +1,5 @@
-"""The paper's experiments (§4), a file each, all of one form: see `Experiment` in case.py.
+"""The experiments, a file each, all of one form: see `Experiment` in case.py. First those of the
+paper (§4).
 
     setting = Setting(captioner, ["lrp", "gradcam"], phrases, object_words)
     records = examine(images, indices, entries, EXPERIMENTS, setting)     # of a batch: case.py
@@ -16,11 +17,23 @@ correlations.
 A new experiment is a file with `run`, `table` and an EXPERIMENT, and a row of EXPERIMENTS.
 """
 
-from experiments import correctness, hallucination, image_ablation, word_ablation
+from experiments import (
+    correctness,
+    faithfulness,
+    hallucination,
+    image_ablation,
+    map_quality,
+    word_ablation,
+)
 
-EXPERIMENTS = {
+PAPER_EXPERIMENTS = {
     "word_ablation": word_ablation.EXPERIMENT,
     "image_ablation": image_ablation.EXPERIMENT,
     "correctness": correctness.EXPERIMENT,
     "hallucination": hallucination.EXPERIMENT,
+}
+# What a reader of today asks of explanations beside that.
+EXPERIMENTS = PAPER_EXPERIMENTS | {
+    "faithfulness": faithfulness.EXPERIMENT,
+    "map_quality": map_quality.EXPERIMENT,
 }

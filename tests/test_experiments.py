@@ -9,7 +9,8 @@ from helpers import random_captioner
 from pycocotools import mask as rle
 
 from captioner import MODELS
-from experiments import EXPERIMENTS, sign
+from experiments import PAPER_EXPERIMENTS as EXPERIMENTS
+from experiments import sign
 from experiments.case import Case, Experiment, Setting, examine
 from experiments.correctness import (
     box_masks,

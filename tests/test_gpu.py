@@ -10,7 +10,7 @@ import train
 from captiondata import cache_features
 from captioner import MODELS, load_captioner
 from encoder import build_encoder
-from experiments import EXPERIMENTS, sign
+from experiments import EXPERIMENTS, faithfulness, map_quality, sign
 from experiments.case import Setting, examine
 from explanation import METHODS, methods_of
 from pycocoevalcap.chair.chair import object_phrases
@@ -91,7 +91,10 @@ def test_it_says_the_same_captions(model_type, images):
         assert there.decode(there.encode(images.to("cuda")), beam_size=size) == truth
 
 
-def test_every_experiment_finds_the_same(images):
+def test_every_experiment_finds_the_same(images, monkeypatch):
+    monkeypatch.setattr(faithfulness, "FRACTIONS", (0.3,))
+    monkeypatch.setattr(faithfulness, "SUBSETS", 4)
+    monkeypatch.setattr(map_quality, "NOISY", 1)
     here, there = on_gpu("aoa")
     experiments = EXPERIMENTS | {"sign": sign.EXPERIMENT}
     found = []

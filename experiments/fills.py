@@ -1,0 +1,87 @@
+"""What stands in an image where pixels are removed: the mean colour, a blur, or a guess that tells
+nothing of the mask's shape.
+
+Images are (3, H, W), ImageNet-normalised; masks (N, H, W) bool, True where pixels are removed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
+
+BLUR = 0.1  # the standard deviation of the blur, as a share of the image's longer side
+# Neighbours of a pixel and their weights (Rong et al. 2022): 1/6 beside, 1/12 across.
+NEIGHBOURS = ((1 / 12, 1 / 6, 1 / 12), (1 / 6, 0, 1 / 6), (1 / 12, 1 / 6, 1 / 12))
+NOISE = 0.01  # the standard deviation of what is added to a guess
+RESIDUAL = 1e-4  # of the linear equations, relative
+MOST_STEPS = 1000
+
+
+def mean_fill(image, masks):
+    """(N, 3, H, W): the image with the mean colour, which is 0, under each mask."""
+    return image.masked_fill(masks[:, None], 0)
+
+
+def blur_fill(image, masks):
+    """(N, 3, H, W): the image, blurred under each mask."""
+    sigma = BLUR * max(image.shape[1:])
+    size = 2 * min(round(2 * sigma), min(image.shape[1:]) - 1) + 1
+    blurred = gaussian_blur(image, [size, size], [sigma, sigma])
+    return torch.where(masks[:, None], blurred, image)
+
+
+def linear_fill(image, masks, seed=0):
+    """(N, 3, H, W): under each mask a noisy linear imputation (ROAD, Rong et al. 2022).
+
+    Every removed pixel is the weighted mean of its eight neighbours, known or removed, which is a
+    system of linear equations. It is solved by conjugate gradients; noise follows. seed: of it.
+    """
+    missing = masks[:, None].to(image)
+    known = image * (1 - missing)
+    total = sum_of_neighbours(torch.ones_like(missing[:1]))
+
+    def left_side(values):
+        return missing * (total * values - sum_of_neighbours(values))
+
+    middle = known.sum((2, 3), keepdim=True) / (1 - missing).sum((2, 3), keepdim=True).clamp(min=1)
+    found = solved(left_side, missing * sum_of_neighbours(known), missing * middle)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(image.shape, generator=generator).to(image)
+    return known + found + missing * NOISE * noise
+
+
+def sum_of_neighbours(images):
+    """(N, C, H, W): of each pixel the weighted sum of its neighbours within the image."""
+    channels = images.shape[1]
+    kernel = torch.tensor(NEIGHBOURS).to(images).expand(channels, 1, 3, 3)
+    return F.conv2d(images, kernel, padding=1, groups=channels)
+
+
+def solved(left_side, right_side, start):
+    """The x (N, C, H, W) with left_side(x) = right_side, by conjugate gradients from `start`.
+
+    left_side: a symmetric, positive linear map of each channel of each image by itself.
+    """
+    values = start
+    rest = right_side - left_side(values)
+    direction = rest
+    size = norm(rest)
+    enough = (RESIDUAL**2) * norm(right_side)
+    for _ in range(MOST_STEPS):
+        if not (size > enough).any():
+            break
+        along = left_side(direction)
+        # Where the residual is exactly zero there is no direction left.
+        step = size / norm(direction, along).clamp(min=torch.finfo(size.dtype).tiny)
+        values = values + step * direction
+        rest = rest - step * along
+        before, size = size, norm(rest)
+        direction = rest + size / before.clamp(min=torch.finfo(size.dtype).tiny) * direction
+    return values
+
+
+def norm(values, others=None):
+    """The scalar product of each channel with itself, or with another, (N, C, 1, 1)."""
+    return (values * (values if others is None else others)).sum((2, 3), keepdim=True)
+
+
+FILLS = {"mean": mean_fill, "blur": blur_fill, "linear": linear_fill}
