@@ -69,8 +69,9 @@ METRICS = (  # captionmetrics.METRICS
     "planted",
 )
 FREQUENT_OBJECT_WORDS = ("flickr", "coco")  # captionmetrics.FREQUENT_OBJECT_WORDS
-EXPERIMENTS = ("word_ablation", "image_ablation", "correctness", "hallucination")
-INPAINTERS = ("mean", "blur", "telea", "navier_stokes")  # inpainting.INPAINTERS
+PAPER_EXPERIMENTS = ("word_ablation", "image_ablation", "correctness", "hallucination")
+EXPERIMENTS = (*PAPER_EXPERIMENTS, "faithfulness", "map_quality")
+INPAINTERS = ("mean", "blur", "telea", "navier_stokes", "generative")  # inpainting.INPAINTERS
 # importance.DISTANCES
 DISTANCES = ("sentence", "bertscore", "probability", "attention", "attention_sum")
 SOURCES = ("scenes", "coco2017", "flickr30k", "flickr8k", "karpathy", "csv")  # readers.SOURCES
