@@ -709,7 +709,7 @@ def show(result):
     if result["ratio"] is not None:
         least, greatest = result["spread"]
         ratio = f"   {result['ratio']:.2f} [{least:.2f}, {greatest:.2f}] x {result['against']}"
-    print(f"{result['name']:58s} {result['seconds']:9.3f} s{ratio}")
+    print(f"{result['name']:58s} {result['seconds']:9.3f} s{ratio}", flush=True)
     for name, value in result.get("numbers", {}).items():
         print(f"    {name:54s} {value:9.3f}")
 
@@ -738,17 +738,18 @@ def main():
     import_what_waits()
     set_seed(args.seed)
     device = choose_device(args.device)
-    rows = []
-    for benchmark in benchmarks:
-        rows += benchmark(device, args.repeats)
     machine = describe_machine(device)
     source = provenance(args.seed)
     for name, value in {**machine, **source["versions"]}.items():
         print(f"{name}: {value}")
-    for result in rows:
-        show(result)
-    if args.json:
-        write_json(args.json, {**source, **machine, "rows": rows})
+    rows = []
+    for benchmark in benchmarks:
+        found = benchmark(device, args.repeats)
+        for result in found:
+            show(result)
+        rows += found
+        if args.json:  # what was measured stays, if the rest is broken off
+            write_json(args.json, {**source, **machine, "rows": rows})
 
 
 if __name__ == "__main__":
