@@ -334,14 +334,14 @@ class Encoder(nn.Module):
         """Whether another encoder has the same features, of an image of noise.
 
         A folded one has, if its batch-norms did follow the convolutions that they were merged into,
-        as they do in most networks.
+        as they do in most networks. It is found out on the CPU: a GPU may multiply in TF32, whose
+        error would be taken for a difference.
         """
-        weight = next(self.parameters())
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(1, 3, self.image_size, self.image_size, generator=generator)
-        pixels = pixels.to(weight)
-        expected = eval_view(self).regions(pixels)
-        regions = eval_view(other).regions(pixels)
+        pixels = pixels.to(next(self.parameters()).dtype)
+        expected = eval_view(_on_cpu(self)).regions(pixels)
+        regions = eval_view(_on_cpu(other)).regions(pixels)
         if regions.shape != expected.shape:
             return False
         difference = (regions - expected).abs().max()
@@ -500,6 +500,13 @@ LRP_MODULES = (
     nn.Dropout,
     nn.Identity,
 )
+
+
+def _on_cpu(encoder):
+    """An encoder, or a copy of it on the CPU."""
+    if next(encoder.parameters()).device.type == "cpu":
+        return encoder
+    return copy.deepcopy(encoder).cpu()
 
 
 def fold_batch_norm(module):

@@ -59,7 +59,7 @@ def patches_mask(indices, shape):
 
 def blanked(image, mask):
     """An ImageNet-normalised image (3, H, W) with the pixels of a mask at the mean colour, 0."""
-    return image.masked_fill(mask, 0)
+    return image.masked_fill(mask.to(image.device), 0)
 
 
 @dataclass(frozen=True)
