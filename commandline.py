@@ -23,7 +23,11 @@ import numpy as np
 # PyTorch takes more than a second to import, so only what needs it imports it.
 
 # The captioners that are in the repository, by their paths in it.
-SHIPPED = ("checkpoints/flickr8k.pt", "checkpoints/scenes-gridtd.pt")
+SHIPPED = (
+    "checkpoints/flickr8k.pt",
+    "checkpoints/scenes-gridtd.pt",
+    "checkpoints/inpainting-flickr8k.pt",
+)
 
 
 class UserError(Exception):

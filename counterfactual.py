@@ -28,6 +28,7 @@ from commandline import (
     check_limits,
     check_modes,
     check_output_folder,
+    find_checkpoint,
     provenance,
     run,
     set_seed,
@@ -70,6 +71,7 @@ SPLIT = ("split",)
 MODES = {"photographs": "photographs", "split": "--dataset"}
 CHECKPOINTS = {"scenes": "checkpoints/scenes-gridtd.pt"}  # by source; of all others:
 DEFAULT_CHECKPOINT = "checkpoints/flickr8k.pt"
+DEFAULT_INPAINTER = "checkpoints/inpainting-flickr8k.pt"  # of photographs
 SPLITS = ("test", "val", "train")  # the first of them that a dataset has is examined
 SHOWN = {  # distance: what a figure says of it
     "sentence": "1 − cosine of captions, {model}",
@@ -122,6 +124,12 @@ FLAGS = [
         nargs="+",
         metavar="NAME",
         shown="telea; of a split all",
+    ),
+    Flag(
+        "inpainter_weights",
+        "the generative inpainter's file, of train_inpainter.py",
+        DEFAULT_INPAINTER,
+        metavar="FILE",
     ),
     Flag(
         "bert_model",
@@ -229,7 +237,10 @@ def main():
     for path in map(Path, args.photographs):
         jobs.append((path, np.asarray(load_image(path)), read_objects(args.objects, path)))
     captioner = load_captioner(args.checkpoint, device)
-    fillers = {name: filler_of(load_inpainter(name)) for name in args.inpainter}
+    fillers = {}
+    for name in args.inpainter:
+        inpainter = load_inpainter(name, find_checkpoint(args.inpainter_weights), device)
+        fillers[name] = filler_of(inpainter)
     removal = Removal(args.dilation, args.max_area, args.nulls, args.seed)
     sentences, notice = load_sentences(args.bert_model, device)
     about = provenance(args.seed, args.checkpoint)

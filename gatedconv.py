@@ -223,8 +223,8 @@ def inpainter_loss(images, coarse, refined):
 
 
 def save_inpainter(path, inpainter):
-    """Write an Inpainter's weights, in half precision."""
-    state = {name: weight.half() for name, weight in inpainter.state_dict().items()}
+    """Write an Inpainter's weights, in half precision, from whatever device it is on."""
+    state = {name: weight.half().cpu() for name, weight in inpainter.state_dict().items()}
     write_tensors(path, {"inpainter": {"width": inpainter.width}, "state_dict": state})
 
 

@@ -396,5 +396,10 @@ def main(arguments=None):
         train_inpainter(args, output, device)
 
 
+def command():
+    """The command `lrp-train-inpainter` of an installation."""
+    run(main)
+
+
 if __name__ == "__main__":
     run(main)

@@ -20,6 +20,7 @@ COMMANDS = PROJECT["scripts"]
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "skimage": "scikit-image",
     "sklearn": "scikit-learn",
 }
 

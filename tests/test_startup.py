@@ -21,7 +21,7 @@ from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from readers import SOURCES
 
 COMMANDS = "preparedataset train evaluation explain counterfactual".split()
-COMMANDS += "bench study tuning_experiment".split()
+COMMANDS += "train_inpainter bench study tuning_experiment".split()
 SLOW = {"torch", "cv2", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "nltk", "h5py"}
 TABLES = {
     "METHODS": METHODS,
@@ -74,6 +74,7 @@ WRONG = {
     "evaluation": "--methods lrp",
     "explain": "photo.jpg --target cat",
     "counterfactual": "photo.jpg",
+    "train_inpainter": "--width 5",
     "bench": "all --repeats 0",
     "study": "--explain",
     "tuning_experiment": "--no_such_flag",
