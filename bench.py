@@ -410,12 +410,16 @@ def stepped_logits(captioner, features, inputs, project_once):
     return torch.stack(logits, dim=2)
 
 
-def gradient_step(captioner, objective, inputs, features, targets, images=None):
-    """A function that makes the gradients of an objective on these captions."""
+def gradient_step(captioner, objective, inputs, features, targets, images=None, bfloat16=False):
+    """A function that makes the gradients of an objective on these captions.
+
+    bfloat16: whether to compute in it where that is safe, as training does with the flag.
+    """
 
     def step():
         captioner.zero_grad()
-        loss, _ = objective.loss(features, inputs, targets, images)
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=bfloat16):
+            loss, _ = objective.loss(features, inputs, targets, images)
         loss.backward()
 
     return step
@@ -442,6 +446,9 @@ def bench_inference(device, repeats):
         steps = {}
         for name, objective in objectives.items():
             steps[name] = gradient_step(captioner, objective, inputs, features, inputs.roll(-1))
+        steps["bfloat16"] = gradient_step(
+            captioner, objectives["plain"], inputs, features, inputs.roll(-1), bfloat16=True
+        )
         times = seconds(steps, device, repeats)
         plain = times["plain"]
         against = f"{model_type}: a step of cross-entropy, B=32, T=20, V=10,000"
@@ -451,6 +458,8 @@ def bench_inference(device, repeats):
             ratio_row(f"{model_type}: a step of LRP-inference", times["half"], plain, against)
         )
         rows.append(ratio_row(dearest, times["none"], plain, against))
+        in_bfloat16 = f"{model_type}: a step of cross-entropy in bfloat16"
+        rows.append(ratio_row(in_bfloat16, times["bfloat16"], plain, against))
     return rows
 
 
