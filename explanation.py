@@ -46,6 +46,7 @@ from lrp_utils import (
     summed,
 )
 from names import FIGURE_ENDINGS
+from perturbation_utils import as_measured, occlusion, rise
 from vocabulary import padded, tokenize
 
 # Values of relevance maps that are propagated at once (20 maps of 224x224); bounds the memory.
@@ -68,6 +69,8 @@ class Method:
     backward   whether it needs gradients at all
     samples    None, or a function () -> functions of (images, word embeddings) that change both;
                the gradients are then the mean over all of them
+    perturb    None, or a function of perturbation_utils.py, whose maps are then handed to
+               `relevance` instead of gradients
     leaves     names of further inner values of the captioner (`Rules.leaf`) to get gradients of
     check      a function of a captioner that raises a UserError if the method is not for it
     kind       SIGNED, SIZE or NON_NEGATIVE: how the image maps are to be read
@@ -81,10 +84,16 @@ class Method:
     pixels: bool = True
     backward: bool = True
     samples: Callable | None = None
+    perturb: Callable | None = None
     leaves: tuple = ()
     check: Callable = needs_any_captioner
     kind: str = SIGNED
     additive: bool = False
+
+    @property
+    def one_pass(self):
+        """Whether one forward and at most one backward suffice."""
+        return self.samples is None and self.perturb is None
 
 
 def needs_pixels(captioner):
@@ -139,6 +148,10 @@ METHODS = {
     "smoothgrad": Method(
         TrueGradient, nullcontext, gradient, samples=noisy_copies, check=needs_pixels
     ),
+    "occlusion": Method(
+        TrueGradient, nullcontext, as_measured, perturb=occlusion, check=needs_pixels
+    ),
+    "rise": Method(TrueGradient, nullcontext, as_measured, perturb=rise, check=needs_pixels),
     "attention": Method(
         TrueGradient,
         nullcontext,
@@ -452,6 +465,8 @@ def propagate(captioner, images, inputs, targets, positions, method):
         gradients = {}
         if method.samples is not None:
             gradients = mean_gradients(captioner, images, inputs, targets, positions, method)
+        elif method.perturb is not None:
+            gradients = perturbed(captioner, images, inputs, targets, positions, method)
         elif method.backward:
             gradients = word_gradients(forward.scores, positions, forward.leaves)
     with precise, torch.no_grad():
@@ -477,6 +492,21 @@ def mean_gradients(captioner, images, inputs, targets, positions, method):
         for name, found in word_gradients(forward.scores, positions, forward.leaves).items():
             totals[name] = found if totals.get(name) is None else totals[name] + found
     return {name: None if total is None else total / count for name, total in totals.items()}
+
+
+@torch.no_grad()
+def perturbed(captioner, images, inputs, targets, positions, method):
+    """What a method of perturbation_utils.py finds of the words at the positions (B, K)."""
+
+    def score(changed, embeddings):
+        forward = explained_forward(
+            captioner, images, inputs, targets, method, lambda *_: (changed, embeddings)
+        )
+        return forward.scores.gather(1, positions)
+
+    # What the network sees of the images is what is changed.
+    seen = captioner.encoder.folded().own_pixels(images)
+    return method.perturb(seen, captioner.eval_view().embedding(inputs), score)
 
 
 def explained_forward(captioner, images, inputs, targets, method, change=None):

@@ -19,6 +19,8 @@ METHODS = (  # explanation.METHODS
     "layercam",
     "integrated_gradients",
     "smoothgrad",
+    "occlusion",
+    "rise",
     "attention",
 )
 PRETRAINED_METHODS = (  # pretrainedmodel.METHODS

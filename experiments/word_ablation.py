@@ -15,7 +15,7 @@ from vocabulary import STOP_WORDS
 FIRST_TARGET = 5  # the first five words of a caption are left out (§4.1)
 DELETED_WORDS = 3
 # Methods whose largest word relevance counts; of the others it is the largest size.
-SIGNED_WORDS = ("lrp", "attnlrp")
+SIGNED_WORDS = ("lrp", "attnlrp", "occlusion", "rise")
 # Methods that differ in the encoder only: one word relevance, which the paper calls "gradient".
 WORD_GRADIENTS = ("gradient", "gradcam", "guided_gradcam", "guided_backprop")
 

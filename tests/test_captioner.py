@@ -27,7 +27,7 @@ from vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = [["w1", "w2", "w3", "w4", "w5"], ["w7", "w7"], ["w9", "w1", "w0"]]
-ONE_PASS = [name for name, method in METHODS.items() if method.samples is None]
+ONE_PASS = [name for name, method in METHODS.items() if method.one_pass]
 
 
 @pytest.fixture(scope="module", params=MODELS)

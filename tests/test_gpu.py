@@ -66,14 +66,14 @@ def test_every_method_explains_as_the_cpu_does(model_type, method, images):
     if method not in methods_of(here):
         pytest.skip("this method is not for this captioner")
     # Methods that go over many copies of an image are slow on the CPU.
-    captions = [CAPTION, CAPTION[:2]] if METHODS[method].samples is None else [CAPTION[:1]]
+    captions = [CAPTION, CAPTION[:2]] if METHODS[method].one_pass else [CAPTION[:1]]
     chosen = images[: len(captions)]
     found = there.explain(chosen.to("cuda"), captions, method)
     for one, truth in zip(found, here.explain(chosen, captions, method)):
         assert_same(one, truth, 1e-9)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].samples is None])
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].one_pass])
 def test_float32_stays_exact_though_the_gpu_may_use_tf32(method, images):
     here, there = on_gpu("aoa")
     (truth,) = here.explain(images[:1], [CAPTION], method)

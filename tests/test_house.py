@@ -15,7 +15,7 @@ FLOORS = [
     ["captiondata"],
     ["pycocoevalcap", "bert"],
     ["readers", "scenes", "redrawing"],
-    ["encoder", "lrp_utils", "gradient_utils", "relevancy_utils"],
+    ["encoder", "lrp_utils", "gradient_utils", "perturbation_utils", "relevancy_utils"],
     ["plots", "page", "gatedconv", "holes", "inpainting"],
     ["decoding", "explanation"],
     ["basemodel"],

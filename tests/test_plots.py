@@ -9,6 +9,7 @@ from helpers import random_captioner
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+import perturbation_utils
 import plots
 from captioner import METHODS
 from commandline import UserError
@@ -197,6 +198,7 @@ def test_the_tables_of_methods_say_of_which_kind_each_is():
         **dict.fromkeys(("lrp", "attnlrp", "gradient", "input_x_gradient"), SIGNED),
         **dict.fromkeys(("lrp_alpha2beta1", "lrp_gamma", "lrp_epsilon"), SIGNED),
         **dict.fromkeys(("integrated_gradients", "smoothgrad"), SIGNED),
+        **dict.fromkeys(("occlusion", "rise"), SIGNED),
         **dict.fromkeys(("guided_backprop", "guided_gradcam"), SIZE),
         **dict.fromkeys(("gradcam", "layercam", "attention"), NON_NEGATIVE),
     }
@@ -206,7 +208,8 @@ def test_the_tables_of_methods_say_of_which_kind_each_is():
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "attnlrp"])
-def test_an_explanation_is_of_the_kind_of_its_method(method):
+def test_an_explanation_is_of_the_kind_of_its_method(method, monkeypatch):
+    monkeypatch.setattr(perturbation_utils, "MASKS", 20)
     captioner = random_captioner().float()
     images = torch.randn(1, 3, 128, 128, generator=torch.manual_seed(1))
     [explanation] = captioner.explain(images, [["w1", "w2"]], method)
