@@ -244,3 +244,24 @@ def test_the_quality_of_maps_is_measured_of_each_word(images, setting, monkeypat
     assert [row["method"] for row in rows] == METHODS
     for row in rows:
         assert row["SSIM decoder low"] <= row["SSIM decoder"] <= row["SSIM decoder high"]
+
+
+def test_quantus_agrees_where_it_computes_the_same(monkeypatch):
+    reason = "quantus is not installed: pip install --no-deps quantus==0.6.0"
+    quantus = pytest.importorskip("quantus", reason=reason)
+    generator = np.random.default_rng(4)
+    values = generator.normal(size=(12, 10))
+    batch = {"x_batch": values[None], "a_batch": np.abs(values)[None]}
+    options = {"abs": True, "normalise": False, "disable_warnings": True}
+    (found,) = quantus.Sparseness(**options).evaluate_batch(**batch)
+    assert found == pytest.approx(sparseness(values))
+    (found,) = quantus.Complexity(**options).evaluate_batch(**batch)
+    assert found == pytest.approx(complexity(values))
+    monkeypatch.setattr(fills, "NOISE", 0)
+    monkeypatch.setattr(fills, "RESIDUAL", 1e-10)
+    image = torch.from_numpy(generator.normal(size=(3, 12, 10)))
+    mask = torch.from_numpy(generator.random((12, 10)) < 0.5)
+    removed = np.flatnonzero(mask.numpy())
+    theirs = quantus.functions.perturb_func.noisy_linear_imputation(image.numpy(), removed, noise=0)
+    ours = fills.linear_fill(image, mask[None])[0].numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
