@@ -21,11 +21,9 @@ An image that cannot be read does not stop the others. It is told at the end, wi
 from __future__ import annotations
 
 import glob
-import hashlib
 import math
 import os
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,15 +40,12 @@ from commandline import (
     provenance,
     run,
     set_seed,
-    write_atomically,
-    write_json,
 )
 from decodingflags import add_decoding_flags, decoding_options
 from lateimports import after_parsing, import_what_waits
 from names import FIGURE_ENDINGS, IMAGE_ENDINGS, METHODS, PRETRAINED_METHODS, SCALES
 
 with after_parsing(globals()):
-    import numpy as np
     import torch
     from PIL import Image
     from tqdm import tqdm
@@ -60,6 +55,7 @@ with after_parsing(globals()):
     from captiondata import load_regions
     from captioner import load_captioner
     from explanation import method_for
+    from explanationfiles import mark_of, marked, output_names, write_arrays, write_numbers
     from images import image_files, image_transform, load_image
     from page import Entry, entry_data, write_page
     from plots import (
@@ -74,10 +70,7 @@ with after_parsing(globals()):
     from vocabulary import tokenize
 
 EXPLAINED_AT_ONCE = 8  # images
-LONGEST_MARK = 60  # characters that words may add to a file's name
 FILE_ENDINGS = (*IMAGE_ENDINGS, ".pdf", ".svg", ".npz", ".json", ".html")
-# What a NumPy archive says of itself; the JSON beside it says more.
-ABOUT = ("checkpoint", "checkpoint_sha256", "model_type", "encoder", "image", "caption", "method")
 DEFAULT_CHECKPOINT = "checkpoints/flickr8k.pt"
 FLAGS = [
     Flag(
@@ -397,35 +390,6 @@ def load_speakers(checkpoints, seed, device):
     return speakers
 
 
-def output_names(paths):
-    """{path: what the names of its results begin with}, another one for each.
-
-    It is the file's name without its ending; with it where two would be the same; and with the
-    folders that tell them apart where these would be, too.
-    """
-    if not paths:
-        return {}
-    absolute = {path: os.path.abspath(path) for path in paths}
-    folder = os.path.commonpath([os.path.dirname(path) for path in absolute.values()])
-    names = {path: path.stem for path in paths}
-    tell_apart(names, lambda path: path.name)
-    tell_apart(names, lambda path: os.path.relpath(absolute[path], folder).replace(os.sep, "-"))
-    if len(set(names.values())) < len(names):
-        raise UserError(
-            "the results of two of the files would have the same name; "
-            "explain them into two --output folders"
-        )
-    return names
-
-
-def tell_apart(names, longer_name):
-    """Give those of {path: name} that share a name a longer one, a function of the path."""
-    counts = Counter(names.values())
-    for path, name in names.items():
-        if counts[name] > 1:
-            names[path] = longer_name(path)
-
-
 def check_wanted(speakers, wanted):
     """Raise a UserError if a method is not for one of the captioners, if one of them does not know
     the caption's words, or none knows a word to draw.
@@ -482,14 +446,14 @@ def explain_images(speakers, paths, regions, wanted, output):
             photographs, failed = read_photographs(paths[batch], own)
             failures |= failed
             stems = {path: output / names[path] for path in paths[batch]}
-            words, shown = explain_photographs(speakers, photographs, stems, wanted)
+            words, shown = explain_few(speakers, photographs, stems, wanted)
             drawn |= dict.fromkeys(words, True)
             entries |= shown
             bar.update(len(paths[batch]) * distributed.world_size())
     return failures, drawn, entries
 
 
-def explain_photographs(speakers, photographs, stems, wanted):
+def explain_few(speakers, photographs, stems, wanted):
     """Explain a few Photographs by all Speakers, and write their files and pages.
 
     stems: {path: what the names of its files begin with}. Returns the words that were drawn, and
@@ -523,11 +487,6 @@ def explain_photographs(speakers, photographs, stems, wanted):
     return drawn, entries
 
 
-def marked(stem, marks):
-    """The beginning of files' names, with what tells it from others; empty marks are left out."""
-    return extended(stem, "".join(f"-{mark}" for mark in marks if mark))
-
-
 def page_boxes(photograph):
     """The boxes of a Photograph of regions as a page shows them."""
     boxes = []
@@ -542,20 +501,6 @@ def progress_bar(images):
         return tqdm(disable=True)
     # None hides it unless stderr is a terminal.
     return tqdm(total=images, desc="explaining", unit="image", leave=False, disable=None)
-
-
-def mark_of(words, mark=None):
-    """What the names of files say of words that were asked for; empty if they are None.
-
-    mark: what it begins with.
-    """
-    if words is None:
-        return ""
-    text = "_".join([mark, *words] if mark else words)
-    if len(text) <= LONGEST_MARK:
-        return text
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{text[:LONGEST_MARK]}_{digest}"
 
 
 def read_photographs(paths, regions):
@@ -690,31 +635,6 @@ def write_explanations(stem, photograph, explanations, wanted, about):
         path = save_figure(figure, wanted.figure, PRINTED_DOTS_PER_INCH)
         tqdm.write(f"  side by side in {path}")
     return [caption[position] for position in positions]
-
-
-def write_arrays(path, explanation, about):
-    """Write all tensors of an explanation, its words and what is ABOUT it, as a NumPy archive."""
-    arrays = {name: np.array(about[name]) for name in ABOUT}
-    for name, value in {**vars(explanation), **explanation.extra}.items():
-        if isinstance(value, torch.Tensor):
-            arrays[name] = value.numpy()
-    if explanation.instead_of is not None:
-        arrays["instead_of"] = np.array(explanation.instead_of)
-    with write_atomically(path) as temporary:
-        np.savez_compressed(temporary, words=np.array(explanation.words), **arrays)
-
-
-def write_numbers(path, explanation, about):
-    """Write what is small of an explanation as JSON, after the dict `about`."""
-    numbers = {**about, "words": explanation.words}
-    numbers["scores"] = explanation.scores.tolist()
-    numbers["probabilities"] = explanation.probabilities.tolist()
-    numbers["word_relevance"] = explanation.word_relevance.tolist()
-    if explanation.beta is not None:
-        numbers["beta"] = explanation.beta.tolist()
-    sums = explanation.image_relevance.numpy().sum(axis=(1, 2))
-    numbers["image_relevance_sum"] = sums.tolist()
-    write_json(path, numbers)
 
 
 def report(failures, undrawn, total):

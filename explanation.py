@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from commandline import UserError
+from explanationfiles import write_arrays, write_numbers
 from gradient_utils import (
     NON_NEGATIVE,
     SIGNED,
@@ -163,6 +164,9 @@ METHODS = {
 }
 
 
+WRITERS = {".npz": write_arrays, ".json": write_numbers}  # of files of numbers
+
+
 @dataclass
 class Explanation:
     """Why a captioner said each of the T words of a caption.
@@ -232,21 +236,25 @@ class Explanation:
         )
 
     def save(self, path, words=None, scale="caption", photograph=None):
-        """Write the figure of `plot` into a .png, .pdf or .svg file, or the page of `to_html` into
-        a .html file; returns the path.
+        """Write the figure of `plot` into a .png, .pdf or .svg file, the page of `to_html` into a
+        .html file, all tensors into a .npz file, or what is small into a .json file; returns the
+        path.
         """
-        from page import Entry, write_page
-        from plots import save_figure
-
         path = Path(path)
-        if path.suffix.lower() == ".html":
+        ending = path.suffix.lower()
+        if ending in WRITERS:
+            WRITERS[ending](path, self, {"method": self.method, "caption": self.title()})
+            return path
+        if ending == ".html":
+            from page import Entry, write_page
+
             entry = Entry(path.stem, self._drawn_over(photograph), {self.method: self})
             return write_page(path, [entry], path.stem)
-        if path.suffix.lower() not in FIGURE_ENDINGS:
-            endings = ", ".join((*FIGURE_ENDINGS, ".html"))
-            raise UserError(
-                f"'{path}' is not the name of a figure or page, which ends in {endings}"
-            )
+        if ending not in FIGURE_ENDINGS:
+            endings = ", ".join((*FIGURE_ENDINGS, ".html", *WRITERS))
+            raise UserError(f"'{path}' is not the name of a file that ends in {endings}")
+        from plots import save_figure
+
         return save_figure(self.plot(words, scale, photograph), path)
 
     def to_html(self, photograph=None):

@@ -19,7 +19,8 @@ import evaluation
 import explain as explain_script
 from captioner import METHODS
 from commandline import UserError, file_hash, run
-from explain import mark_of, output_names, progress_bar
+from explain import progress_bar
+from explanationfiles import mark_of, output_names
 from plots import explanation_figure
 
 ROOT = Path(__file__).resolve().parent.parent

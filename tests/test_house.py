@@ -16,7 +16,7 @@ FLOORS = [
     ["pycocoevalcap", "bert"],
     ["readers", "scenes", "redrawing"],
     ["encoder", "lrp_utils", "gradient_utils", "perturbation_utils", "relevancy_utils"],
-    ["plots", "page", "gatedconv", "holes", "inpainting"],
+    ["plots", "page", "explanationfiles", "gatedconv", "holes", "inpainting"],
     ["decoding", "explanation"],
     ["basemodel"],
     ["gridTDmodel", "aoamodel", "softattentionmodel", "pretrainedmodel"],

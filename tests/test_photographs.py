@@ -1,5 +1,8 @@
 """Captioners are given photographs, and explanations draw themselves."""
 
+import json
+
+import numpy as np
 import pytest
 import tiny_transformers
 import torch
@@ -103,7 +106,12 @@ def test_an_explanation_draws_itself(captioner, files, tmp_path):
     assert found._repr_html_().startswith('<iframe srcdoc="&lt;!DOCTYPE html')
     with pytest.raises(UserError, match="the caption has no word 'cat'"):
         found.plot(words=["cat"])
-    with pytest.raises(UserError, match="'figure.txt' is not the name of a figure or page"):
+    with np.load(found.save(tmp_path / "arrays.npz")) as arrays:
+        assert np.array_equal(arrays["image_relevance"], found.image_relevance.numpy())
+        assert arrays["words"].tolist() == found.words and arrays["method"] == "gradient"
+    numbers = json.loads(found.save(tmp_path / "numbers.json").read_text())
+    assert numbers["words"] == found.words and numbers["scores"] == found.scores.tolist()
+    with pytest.raises(UserError, match="'figure.txt' is not the name of a file that ends in"):
         found.save("figure.txt")
 
 
