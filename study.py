@@ -478,7 +478,7 @@ def state_of(unit, plan):
 def read_units(plan, seeds):
     """{captioner: for each seed {arm: records of final}} of the units that are captioned.
 
-    Seeds count up to the first that is missing, and up to the last one that all captioners have.
+    Seeds count up to the first that is missing.
     """
     units = {}
     for captioner in EPOCHS:
@@ -495,8 +495,7 @@ def read_units(plan, seeds):
             found.append(arms)
         if found:
             units[captioner] = found
-    common = min((len(found) for found in units.values()), default=0)
-    return {captioner: found[:common] for captioner, found in units.items()}
+    return units
 
 
 def records_of(result, name, split="final"):

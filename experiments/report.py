@@ -23,7 +23,12 @@ from experiments.statistics import draw_images
 from experiments.tables import markdown_table
 from plots import differences_figure
 
-TESTED_CAPTIONER = "aoa"  # whose explanations H1 to H4 are about: see the amendments
+# Hypotheses that are tested together, see the amendments: the title, whose trainings H5 to H8
+# compare, and whose explanations H1 to H4 are about.
+FAMILIES = (
+    ("", ("aoa",), "aoa"),
+    (" of the replication", ("gridtd", "adaptive"), "gridtd"),
+)
 # What each metric is compared for: an arm, and the arm that it is compared with.
 COMPARISONS = (
     ("lrp", "continued"),
@@ -43,14 +48,11 @@ def report(units, explanations, rates, draws=TEST_DRAWS):
     {captioner: list of the images' `explained_record`}; rates: {what: chosen learning rate}; draws:
     of the bootstraps. What has no data is left out; the figure is None if nothing has any.
     """
-    hypotheses = explanation_hypotheses(explanations.get(TESTED_CAPTIONER, []), draws)
-    hypotheses |= tuning_hypotheses(units)
-    components = component_rows(hypotheses)
+    tables, components = family_tables(units, explanations, draws)
     seeds = {captioner: len(found) for captioner, found in units.items()}
     parts = [
         f"Seeds: {seeds or 'none'}. Explained: {', '.join(explanations) or 'none'}.",
-        section("Verdicts", verdict_rows(hypotheses)),
-        section("Components", components),
+        *tables,
         section("Learning rates", [{"what": what, "rate": rate} for what, rate in rates.items()]),
         section("Arms, mean over seeds", arm_rows(units)),
         section("Differences of arms", comparison_rows(units, draws)),
@@ -63,6 +65,32 @@ def report(units, explanations, rates, draws=TEST_DRAWS):
     parts.append(section("Macro precision of words that every arm says often", rows))
     figure = differences_figure(components) if components else None
     return "\n\n".join(parts) + "\n", words_as_csv(words, arms), figure
+
+
+def family_tables(units, explanations, draws):
+    """The tables of verdicts and components of each family that has data, and always of the first
+    one, and the rows of that one's components; see `report`.
+    """
+    tables = []
+    first_components = None
+    for title, tuned, explained in FAMILIES:
+        own = with_common_seeds({name: units[name] for name in tuned if name in units})
+        if not own and explained not in explanations and first_components is not None:
+            continue
+        hypotheses = explanation_hypotheses(explanations.get(explained, []), draws)
+        hypotheses |= tuning_hypotheses(own)
+        components = component_rows(hypotheses)
+        tables.append(section(f"Verdicts{title}", verdict_rows(hypotheses)))
+        tables.append(section(f"Components{title}", components))
+        if first_components is None:
+            first_components = components
+    return tables, first_components
+
+
+def with_common_seeds(units):
+    """The same units, of each captioner as many seeds as all have."""
+    common = min(map(len, units.values()), default=0)
+    return {captioner: found[:common] for captioner, found in units.items()}
 
 
 def section(title, rows):
@@ -137,7 +165,7 @@ def comparison_rows(units, draws):
     rows = []
     groups = {captioner: {captioner: found} for captioner, found in units.items()}
     if len(units) > 1:
-        groups["all"] = units
+        groups["all"] = with_common_seeds(units)
     common = arms_of(units)
     for name, captioners in groups.items():
         for first, second in COMPARISONS:

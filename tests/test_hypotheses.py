@@ -218,12 +218,16 @@ def test_macro_precision_is_of_words_that_every_arm_says_often():
 
 def test_the_report_of_a_made_up_study():
     units = made_up_units(["gridtd", "aoa"], 3, {"lrp": 0.2})
+    units["aoa"] = units["aoa"] + units["aoa"][:1]  # a seed that the other one lacks
     text, words, figure = report(units, {"aoa": EXPLAINED}, {"gridtd, lrp": "1e-5"}, draws=100)
     text = unpadded(text)
-    assert "Seeds: {'gridtd': 3, 'aoa': 3}. Explained: aoa." in text
+    assert "Seeds: {'gridtd': 3, 'aoa': 4}. Explained: aoa." in text
     assert "| H1 | words by LRP beat the last words and random ones |" in text
     assert "| H5a | " in text
     assert "| all | lrp - continued | CHAIR-s |" in text
+    assert text.index("## Verdicts\n") < text.index("## Verdicts of the replication\n")
+    replication = text[text.index("## Components of the replication") :]
+    assert "| H5a | " in replication and "| H1a | " not in replication
     assert "| gridtd, lrp | 1e-5 |" in text
     row = counted("aoa", EXPLAINED)
     assert (row["images"], row["H1, stop words"], row["H2"]) == (200, 200, 200)
