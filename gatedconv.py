@@ -56,7 +56,7 @@ class Enlarged(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def encoding(width):
+def encoding_layers(width):
     """Layers that make 4 width channels of a quarter of the size out of an image, its mask and
     ones."""
     return [
@@ -69,12 +69,12 @@ def encoding(width):
     ]
 
 
-def dilated(width):
+def dilated_layers(width):
     """Layers of 4 width channels that look farther and farther."""
     return [GatedConv(4 * width, 4 * width, dilation=dilation) for dilation in DILATIONS]
 
 
-def decoding(inputs, width):
+def decoding_layers(inputs, width):
     """Layers that make an image of features of a quarter of its size."""
     return [
         GatedConv(inputs, 4 * width),
@@ -93,13 +93,15 @@ class Inpainter(nn.Module):
     def __init__(self, width=24):
         super().__init__()
         self.width = width
-        self.coarse = nn.Sequential(*encoding(width), *dilated(width), *decoding(4 * width, width))
-        self.dilated = nn.Sequential(*encoding(width), *dilated(width))
-        self.attentive = nn.Sequential(*encoding(width))
+        self.coarse = nn.Sequential(
+            *encoding_layers(width), *dilated_layers(width), *decoding_layers(4 * width, width)
+        )
+        self.dilated = nn.Sequential(*encoding_layers(width), *dilated_layers(width))
+        self.attentive = nn.Sequential(*encoding_layers(width))
         self.after_attention = nn.Sequential(
             GatedConv(4 * width, 4 * width), GatedConv(4 * width, 4 * width)
         )
-        self.refined = nn.Sequential(*decoding(8 * width, width))
+        self.refined = nn.Sequential(*decoding_layers(8 * width, width))
 
     def forward(self, images, masks):
         """Two guesses of the whole images, the coarse and the refined one, (B, 3, H, W) each.
