@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from explanation import exact_convolutions
+
 BLUR = 0.1  # the standard deviation of the blur, as a share of the image's longer side
 # Neighbours of a pixel and their weights (Rong et al. 2022): 1/6 beside, 1/12 across.
 NEIGHBOURS = ((1 / 12, 1 / 6, 1 / 12), (1 / 6, 0, 1 / 6), (1 / 12, 1 / 6, 1 / 12))
@@ -37,7 +39,8 @@ def linear_fill(image, masks, seed=0):
     system of linear equations. It is solved by conjugate gradients; noise follows. seed: of it.
     """
     missing = masks[:, None].to(image)
-    found = imputed(image * (1 - missing), missing)
+    with exact_convolutions():  # TF32 has too few digits to solve equations
+        found = imputed(image * (1 - missing), missing)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(image.shape, generator=generator).to(image)
     return found + missing * NOISE * noise
@@ -84,24 +87,25 @@ def solved(left_side, right_side, start):
     values = start
     rest = right_side - left_side(values)
     direction = rest
-    size = norm(rest)
-    enough = (RESIDUAL**2) * norm(right_side)
+    size = products(rest, rest)
+    enough = RESIDUAL**2 * products(right_side, right_side)
+    least = torch.finfo(size.dtype).tiny  # where the residual is exactly zero
     for _ in range(MOST_STEPS):
         if not (size > enough).any():
             break
         along = left_side(direction)
-        # Where the residual is exactly zero there is no direction left.
-        step = size / norm(direction, along).clamp(min=torch.finfo(size.dtype).tiny)
+        step = size / products(direction, along).clamp(min=least)
         values = values + step * direction
         rest = rest - step * along
-        before, size = size, norm(rest)
-        direction = rest + size / before.clamp(min=torch.finfo(size.dtype).tiny) * direction
+        before = size
+        size = products(rest, rest)
+        direction = rest + size / before.clamp(min=least) * direction
     return values
 
 
-def norm(values, others=None):
-    """The scalar product of each channel with itself, or with another, (N, C, 1, 1)."""
-    return (values * (values if others is None else others)).sum((2, 3), keepdim=True)
+def products(first, second):
+    """The scalar product of each channel with the same one of others, (N, C, 1, 1)."""
+    return (first * second).sum((2, 3), keepdim=True)
 
 
 FILLS = {"mean": mean_fill, "blur": blur_fill, "linear": linear_fill}
