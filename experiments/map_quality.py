@@ -102,10 +102,11 @@ def record_of(case, position, found, explained):
         record["complexity"][method] = complexity(plain)
         record["sensitivity"][method] = sensitivity(plain, noisy)
         for part in RANDOMISED:
-            other, noisy_others = word_maps(maps[part][place], position)
-            similar = similarity(np.mean(noisy, axis=0), np.mean(noisy_others, axis=0))
+            _, others = word_maps(maps[part][place], position)
+            similar = similarity(np.mean(noisy, axis=0), np.mean(others, axis=0))
             record[f"SSIM {part}"][method] = similar
-        record["complexity rise"][method] = rise(complexity(plain), complexity(other))
+        random_map, _ = word_maps(maps["everything"][place], position)
+        record["complexity rise"][method] = rise(complexity(plain), complexity(random_map))
     return record
 
 
