@@ -14,7 +14,7 @@ FLOORS = [
     ["vocabulary", "images", "featurecache"],
     ["captiondata"],
     ["pycocoevalcap", "bert"],
-    ["readers", "scenes", "redrawing"],
+    ["readers", "scenes", "redrawing", "questions"],
     ["encoder", "lrp_utils", "gradient_utils", "perturbation_utils", "relevancy_utils"],
     ["plots", "page", "explanationfiles", "gatedconv", "holes", "inpainting"],
     ["decoding", "explanation"],
