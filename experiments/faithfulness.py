@@ -20,6 +20,7 @@ from experiments.fills import FILLS
 from experiments.image_ablation import patch_order, patch_sums, patches_mask
 from experiments.probabilities import last_word_probabilities
 from experiments.statistics import draw_images, flattened, mean_with_interval
+from gradient_utils import SIZE
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # of the patches that are removed
 WORDS_AN_IMAGE = 2  # object words
@@ -69,10 +70,14 @@ def examined(case, position, setting):
 
 def maps_of(case, position, generator):
     """{method or name of `plain_maps`: the map (H, W) of a word}."""
-    maps = {}
-    for method, explanation in case.explanations.items():
-        maps[method] = explanation.image_relevance[position]
+    maps = {method: word_map(one, position) for method, one in case.explanations.items()}
     return maps | plain_maps(case.pixels, generator)
+
+
+def word_map(explanation, position):
+    """The map (H, W) of a word; of a method whose sign says nothing the sizes."""
+    values = explanation.image_relevance[position]
+    return values.abs() if explanation.kind == SIZE else values
 
 
 def plain_maps(pixels, generator):
@@ -139,7 +144,7 @@ def by_other_word(case, position, measure, generator):
     other = generator.choice(others)
     orders = {}
     for method, explanation in case.explanations.items():
-        orders[method] = patch_order(explanation.image_relevance[other])
+        orders[method] = patch_order(word_map(explanation, other))
     return measure.while_removed(orders, ROAD)
 
 

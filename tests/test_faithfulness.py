@@ -147,6 +147,15 @@ def test_the_curves_are_those_of_removing_patch_after_patch(images, setting, mon
     assert -1 <= found["correlation"]["lrp"] <= 1
 
 
+def test_where_the_sign_says_nothing_the_size_counts(images, setting):
+    for method, signed in (("lrp", True), ("guided_gradcam", False)):
+        (explanation,) = setting.captioner.explain(images[:1], [CAPTION], method)
+        values = explanation.image_relevance[1]
+        assert values.min() < 0
+        assert torch.equal(faithfulness.word_map(explanation, 1), values) == signed
+        assert signed or faithfulness.word_map(explanation, 1).min() >= 0
+
+
 def test_the_table_takes_means_over_words():
     def record(gap, own, correlation):
         both = {"lrp": 0.5, "random": 0.5}
