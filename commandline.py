@@ -22,7 +22,7 @@ import numpy as np
 
 # PyTorch takes more than a second to import, so only what needs it imports it.
 
-# The captioners that are in the repository, by their paths in it.
+# The weights that are in the repository, by their paths in it: two captioners and an inpainter.
 SHIPPED = (
     "checkpoints/flickr8k.pt",
     "checkpoints/scenes-gridtd.pt",
@@ -323,7 +323,7 @@ def file_hash(path):
 def find_checkpoint(path):
     """The path of a checkpoint: as given, or, where no such file is, that of the one that ships.
 
-    So the captioners of SHIPPED are found from any folder by the names that they have in the
+    So the files of SHIPPED are found from any folder by the names that they have in the
     repository. A file that a user has under such a name comes first.
     """
     path = Path(path)

@@ -22,6 +22,7 @@ from captioner import (
 )
 from commandline import SHIPPED, UserError, file_hash, find_checkpoint, provenance
 from explanation import methods_of
+from gatedconv import read_inpainter
 from images import image_transform, load_image
 from vocabulary import Vocabulary
 
@@ -447,11 +448,19 @@ def test_training_the_decoder_does_not_fold_the_encoder_again(images):
     assert captioner.encoder.folded() is first
 
 
+INPAINTER = "checkpoints/inpainting-flickr8k.pt"
+
+
 @pytest.mark.parametrize("path", SHIPPED)
-def test_a_captioner_that_ships_is_found_from_any_folder(path, monkeypatch, tmp_path):
+def test_what_ships_is_found_from_any_folder(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint(path) == ROOT / path
-    load_captioner(path)
+    if path == INPAINTER:
+        assert read_inpainter(find_checkpoint(path)).width == 24
+        with pytest.raises(UserError, match="inpainting-flickr8k.pt"):
+            load_captioner(path)
+    else:
+        load_captioner(path)
     assert provenance(checkpoint=path)["checkpoint_sha256"] == file_hash(ROOT / path)
 
 
