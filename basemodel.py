@@ -216,12 +216,13 @@ def run_lstm(lstm, inputs, lengths=None):
     lengths: M numbers of any shape, on the CPU: how many inputs of each sequence count. On a CPU h
     after them is zero and is not computed.
 
-    On a GPU packing would make the GPU wait, so there all inputs are computed. They are float32
-    even under autocast, since cuDNN's LSTM would take float16 whatever autocast was told.
+    On a GPU packing would make the GPU wait, so there all inputs are computed. They are of the
+    weights' type even under autocast, since cuDNN's LSTM would take float16 whatever autocast was
+    told.
     """
     if inputs.is_cuda:
         with torch.autocast("cuda", enabled=False):
-            return lstm(inputs.float())[0]
+            return lstm(inputs.to(lstm.weight_ih_l0.dtype))[0]
     if lengths is None:
         return lstm(inputs)[0]
     lengths = lengths.flatten().clamp(min=1)
