@@ -20,9 +20,7 @@ are patches, D channels. All of a forward pass is of one image, B = 1.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,39 +30,23 @@ import torch.nn.functional as F
 from commandline import UserError
 from decoding import stripped
 from explanation import (
-    NON_NEGATIVE,
-    SIGNED,
     Explanation,
     exact_convolutions,
     explain_photographs,
     method_for,
-    needs_any_captioner,
     word_gradients,
 )
-from gradient_utils import enlarge, gradient, input_x_gradient
 from images import is_photograph, photographs_of, renormalized
-from lrp_utils import TransformerLRP
-from relevancy_utils import (
-    EQUAL,
-    AttentionRecorder,
-    Relevancy,
-    Weights,
-    average_heads,
-    gradient_weights,
-    in_one_sequence,
-    norm_weights,
-    raw_attention,
-    rollout,
-)
+from relevancy_utils import AttentionRecorder
+from transformermethods import METHODS, Block, ForwardPass
 
 MAX_LENGTH = 30  # sub-words of a caption
 DECODINGS = ("beam", "greedy")
 # Values of gradients that are computed at once (0.4 GB in float32); bounds the memory.
 GRADIENTS_PER_PASS = 100_000_000
-OCCLUDED = 12  # squares along each side of the image, at most
 
 
-# ----------------------------------------------------------------------- what a forward pass leaves
+# ------------------------------------------------------------------------------ what captioners use
 
 
 class PatchEncoder(NamedTuple):
@@ -96,50 +78,6 @@ class PatchEncoder(NamedTuple):
             raise UserError(
                 f"this captioner wants images of shape (B, 3, {size}, {size}), not {shape}"
             )
-
-
-class Block(NamedTuple):
-    """An attention block: its kind, and what the recorder has seen of it.
-
-    kind: "image" (image tokens attend to one another), "text", "cross" (text attends to image) or
-    "joint" (both are one sequence, the image first).
-    """
-
-    kind: str
-    seen: object
-
-
-@dataclass
-class ForwardPass:
-    """What the forward pass of an explanation leaves, of one image and its K sub-words.
-
-    pixels    (1, 3, S, S), as the model wants them
-    ids       (1, K), the inputs: the start, and all sub-words but the last
-    targets   (1, K), the sub-words
-    features  (1, n, D), the image tokens that the decoder is given
-    words     (1, K, E), the embeddings of the inputs
-    logits    (1, K, V)
-    blocks    the attention blocks, in the order in which they run
-    """
-
-    pixels: torch.Tensor
-    ids: torch.Tensor
-    targets: torch.Tensor
-    features: torch.Tensor
-    words: torch.Tensor
-    logits: torch.Tensor
-    blocks: list
-
-    @property
-    def scores(self):
-        """The explained logits (1, K)."""
-        return self.logits.gather(-1, self.targets.unsqueeze(-1)).squeeze(-1)
-
-    def last_attention(self):
-        """The last layer's weights from the inputs to the image tokens: (heads, K, n)."""
-        last = [block for block in self.blocks if block.kind in ("cross", "joint")][-1]
-        weights = last.seen.weights[0].to(self.logits)
-        return weights[:, -self.ids.shape[1] :, : self.features.shape[1]]
 
 
 class ForwardRecorder(AttentionRecorder):
@@ -174,226 +112,6 @@ class ForwardRecorder(AttentionRecorder):
         return output
 
 
-# ------------------------------------------------------------------------------------- the methods
-
-
-@dataclass(frozen=True)
-class TransformerMethod:
-    """A way to explain a pretrained captioner, as explanation.Method is for the others.
-
-    relevance  a function of (captioner, forward, gradients, positions) for P of the sub-words.
-               It returns {"tokens": (P, n) of the image tokens, "words": (P, K) of the inputs,
-               "image": (P, H, W)}; without "image", the patches are enlarged
-    leaves     a function of the ForwardPass: {name: tensor or list of them} that gradients of the
-               explained logits are wanted of, (P, 1, ...) each
-    rules      () -> a context manager in which the model runs
-    check      a function of a captioner that raises a UserError if the method is not for it
-    kind, additive   as those of explanation.Method
-    """
-
-    relevance: Callable
-    leaves: Callable = lambda forward: {}
-    rules: Callable = nullcontext
-    check: Callable = needs_any_captioner
-    kind: str = SIGNED
-    additive: bool = False
-
-
-def input_leaves(forward):
-    """Pixels, image tokens and word embeddings."""
-    return {"image": forward.pixels, "regions": forward.features, "words": forward.words}
-
-
-def attention_leaves(forward):
-    """All attention weights."""
-    return {"attention": [block.seen.weights for block in forward.blocks]}
-
-
-def weighted_leaves(forward):
-    """All attention weights, and the sums of the residual connections around them."""
-    totals = [block.seen.total for block in forward.blocks]
-    return {**attention_leaves(forward), "total": totals}
-
-
-def gradient_relevance(captioner, forward, gradients, positions):
-    """The gradient itself, summed over channels and embedding dimensions."""
-    return _of_the_first_image(gradient(input_leaves(forward), gradients, None, None))
-
-
-def input_relevance(captioner, forward, gradients, positions):
-    """Gradient x input, summed likewise; under `TransformerLRP` this is relevance."""
-    return _of_the_first_image(input_x_gradient(input_leaves(forward), gradients, None, None))
-
-
-def _of_the_first_image(found):
-    """Fields of gradient_utils.py, (P, 1, ...) each, by the names of TransformerMethod."""
-    return {
-        "image": found["image_relevance"][:, 0],
-        "tokens": found["region_relevance"][:, 0],
-        "words": found["word_relevance"][:, 0],
-    }
-
-
-def relevancy(captioner, forward, gradients, positions):
-    """Relevancy of attention (Chefer et al. 2021), all parts weighing alike."""
-    return _relevancy(forward, gradients, positions, lambda seen, slope: EQUAL)
-
-
-def norm_weighted_relevancy(captioner, forward, gradients, positions):
-    """Weighted relevancy, our reading (A): by the lengths of the tokens' values."""
-    return _relevancy(
-        forward,
-        gradients,
-        positions,
-        lambda seen, slope: norm_weights(seen.residual, seen.added),
-    )
-
-
-def gradient_weighted_relevancy(captioner, forward, gradients, positions):
-    """Weighted relevancy, our reading (B): by what the tokens' values do for the word."""
-    return _relevancy(
-        forward,
-        gradients,
-        positions,
-        lambda seen, slope: gradient_weights(seen.residual, seen.added, slope),
-    )
-
-
-def _relevancy(forward, gradients, positions, weigh):
-    """Accumulate the attention of all blocks; weigh: (AttentionBlock, gradient) -> Weights."""
-    slopes = gradients.get("total", [None] * len(forward.blocks))
-    steps = []
-    for block, attention, slope in zip(forward.blocks, gradients["attention"], slopes):
-        cam = average_heads(block.seen.weights, attention).to(forward.logits)
-        steps.append((block.kind, cam, weigh(block.seen, slope)))
-    image_tokens = forward.features.shape[1]
-    inputs = forward.ids.shape[1]
-    if any(kind == "joint" for kind, *_ in steps):
-        return _rows(_in_one_sequence(steps, image_tokens, inputs), positions, image_tokens)
-    image = Relevancy.start(image_tokens, inputs, steps[0][1])
-    text = Relevancy.start(inputs, image_tokens, steps[0][1])
-    for kind, cam, weights in steps:
-        if kind == "image":
-            image = image.self_attention(cam, weights)
-        elif kind == "text":
-            text = text.self_attention(cam, weights)
-        else:
-            text = text.cross_attention(cam, image, weights)
-    return _rows(torch.cat([text.other, text.own], dim=-1), positions, 0)
-
-
-def _in_one_sequence(steps, image_tokens, inputs):
-    """The relevancy of image and text as one sequence: (P, 1, n + K, n + K).
-
-    What attends within the image only leaves the text as it is.
-    """
-    state = Relevancy.start(image_tokens + inputs, 0, steps[0][1])
-    for kind, cam, weights in steps:
-        if kind == "image":
-            cam = F.pad(cam, (0, inputs, 0, inputs))
-            padded = [_padded_with_ones(weight, inputs) for weight in weights]
-            weights = Weights(*padded)
-        state = state.self_attention(cam, weights)
-    return state.own
-
-
-def _padded_with_ones(weight, inputs):
-    """A weight of the image tokens (..., n) -> (..., n + K); a number stays one."""
-    return F.pad(weight, (0, inputs), value=1.0) if isinstance(weight, torch.Tensor) else weight
-
-
-def _rows(matrix, positions, first):
-    """The rows (P, n + K) of the sub-words in (P, 1, rows, n + K), by the names of a method.
-
-    first: the row of the first input. What a token gives to itself is set to 0.
-    """
-    chosen = torch.arange(len(positions), device=positions.device)
-    rows = matrix[chosen, 0, first + positions].clone()
-    inputs = matrix.shape[-2] - first
-    image_tokens = matrix.shape[-1] - inputs
-    rows[chosen, image_tokens + positions] = 0
-    return {"tokens": rows[:, :image_tokens], "words": rows[:, image_tokens:]}
-
-
-def rollout_relevance(captioner, forward, gradients, positions):
-    """Attention rollout (Abnar and Zuidema 2020) through encoder and decoder."""
-    image_tokens = forward.features.shape[1]
-    length = image_tokens + forward.ids.shape[1]
-    image = slice(0, image_tokens)
-    text = slice(image_tokens, length)
-    both = slice(0, length)
-    ends = {
-        "image": (image, image),
-        "text": (text, text),
-        "cross": (text, image),
-        "joint": (both, both),
-    }
-    layers = []
-    for block in forward.blocks:
-        attention = raw_attention(block.seen.weights).to(forward.logits)
-        layers.append(in_one_sequence(attention, *ends[block.kind], length))
-    matrix = rollout(layers).expand(len(positions), -1, -1, -1)
-    return _rows(matrix, positions, image_tokens)
-
-
-def attention_relevance(captioner, forward, gradients, positions):
-    """The mean of the last layer's attention weights from a sub-word's position to the image.
-
-    As for other captioners, it says nothing of the preceding words.
-    """
-    tokens = raw_attention(forward.last_attention())[positions]
-    return {"tokens": tokens, "words": tokens.new_zeros(len(positions), forward.ids.shape[1])}
-
-
-def occlusion(captioner, forward, gradients, positions):
-    """By how much a logit falls when a square of the image, or an input sub-word, is taken away.
-
-    A square is set to the mean pixel, and counts for each patch in it; there are at most 12 of them
-    along a side. A sub-word is replaced by padding. Words do not depend on later inputs.
-    """
-    before = forward.scores[0, positions]
-    height, width = captioner.encoder.grid
-    drops = before.new_zeros(len(positions), height, width)
-    side = -(-max(height, width) // OCCLUDED)  # patches, rounded up
-    pixels_of_a_patch = captioner.encoder.image_size // height
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            pixels = forward.pixels.clone()
-            rows = slice(top * pixels_of_a_patch, (top + side) * pixels_of_a_patch)
-            columns = slice(left * pixels_of_a_patch, (left + side) * pixels_of_a_patch)
-            pixels[..., rows, columns] = 0
-            after = captioner.scores(pixels, forward.ids, forward.targets)[0, positions]
-            fall = (before - after)[:, None, None]
-            drops[:, top : top + side, left : left + side] = fall
-    words = before.new_zeros(len(positions), forward.ids.shape[1])
-    for position in range(forward.ids.shape[1]):
-        ids = forward.ids.clone()
-        ids[0, position] = captioner.padding
-        after = captioner.scores(forward.pixels, ids, forward.targets)[0, positions]
-        words[:, position] = before - after
-    others = forward.features.shape[1] - height * width
-    return {"tokens": F.pad(drops.flatten(1), (others, 0)), "words": words}
-
-
-ATTNLRP = TransformerMethod(input_relevance, input_leaves, TransformerLRP, additive=True)
-METHODS = {
-    "attnlrp": ATTNLRP,
-    "lrp": ATTNLRP,  # of a transformer, LRP is AttnLRP
-    "gradient": TransformerMethod(gradient_relevance, input_leaves),
-    "input_x_gradient": TransformerMethod(input_relevance, input_leaves),
-    "relevancy": TransformerMethod(relevancy, attention_leaves, kind=NON_NEGATIVE),
-    "weighted_relevancy": TransformerMethod(
-        norm_weighted_relevancy, attention_leaves, kind=NON_NEGATIVE
-    ),
-    "gradient_weighted_relevancy": TransformerMethod(
-        gradient_weighted_relevancy, weighted_leaves, kind=NON_NEGATIVE
-    ),
-    "rollout": TransformerMethod(rollout_relevance, kind=NON_NEGATIVE),
-    "attention": TransformerMethod(attention_relevance, kind=NON_NEGATIVE),
-    "occlusion": TransformerMethod(occlusion),
-}
-
-
 # ---------------------------------------------------------------------------------- the captioners
 
 
@@ -405,6 +123,7 @@ class PretrainedCaptioner(ABC):
     """
 
     methods = METHODS
+    prefix = 0  # text tokens before the inputs
     model_class: str  # the name of its model's class in transformers, which is loaded when needed
 
     @property
@@ -631,15 +350,31 @@ class PretrainedCaptioner(ABC):
     def forward_pass(self, pixels, targets, rules=nullcontext):
         """The ForwardPass of an image (1, 3, S, S), teacher-forced on sub-words (1, K)."""
         start = targets.new_full((1, 1), self.start)
-        ids = torch.cat([start, targets[:, :-1]], dim=1)
+        return self.recorded(pixels, torch.cat([start, targets[:, :-1]], dim=1), targets, rules)
+
+    def recorded(self, pixels, ids, targets, rules=nullcontext):
+        """The ForwardPass of an image (1, 3, S, S), the inputs `ids` and the targets."""
         pixels = pixels.detach().requires_grad_(torch.is_grad_enabled())
         recorder = self.recorder()
         with rules(), recorder:
             logits = self.run(pixels, ids, recorder)
         decoder = len(recorder.blocks) - recorder.image_blocks
         kinds = ["image"] * recorder.image_blocks + self.decoder_kinds(decoder)
-        blocks = [Block(*pair) for pair in zip(kinds, recorder.blocks, strict=True)]
-        return ForwardPass(pixels, ids, targets, recorder.features, recorder.words, logits, blocks)
+        return ForwardPass(
+            pixels=pixels,
+            ids=ids,
+            targets=targets,
+            features=recorder.features,
+            words=recorder.words,
+            logits=logits,
+            blocks=[Block(*pair) for pair in zip(kinds, recorder.blocks, strict=True)],
+            rows=self.rows_of(targets),
+            prefix=self.prefix,
+        )
+
+    def rows_of(self, targets):
+        """The text token from whose state each of the targets (1, T) is predicted: long (T,)."""
+        return torch.arange(targets.shape[1], device=targets.device)
 
     @torch.no_grad()
     def scores(self, pixels, ids, targets):
@@ -656,7 +391,7 @@ class PretrainedCaptioner(ABC):
                 values += tensor.numel()
         at_once = max(1, GRADIENTS_PER_PASS // max(1, values))
         parts = []
-        for positions in torch.arange(forward.ids.shape[1], device=self.device).split(at_once):
+        for positions in torch.arange(forward.targets.shape[1], device=self.device).split(at_once):
             gradients = {}
             if leaves:
                 gradients = word_gradients(
@@ -676,10 +411,7 @@ class PretrainedCaptioner(ABC):
         of_words = forward.logits.new_zeros(len(words), said)  # which sub-words a word has
         of_words[owners[:said], range(said)] = 1
         others = forward.features.shape[1] - self.encoder.grid[0] * self.encoder.grid[1]
-        image = found.get("image")
-        if image is None:
-            image = enlarge(found["tokens"][:, None, others:], self.encoder.grid, forward.pixels)
-            image = image[:, 0]
+        image = self.image_map(found, others)
         chances = forward.logits.log_softmax(-1)
         chances = chances.gather(-1, forward.targets.unsqueeze(-1))[0, :said, 0]
         tokens = of_words @ found["tokens"][:said]
@@ -701,6 +433,19 @@ class PretrainedCaptioner(ABC):
         fields = {name: value.detach().cpu() for name, value in fields.items()}
         extra = {name: value.detach().cpu() for name, value in extra.items()}
         return Explanation(words=words, beta=None, extra=extra, **fields)
+
+    def image_map(self, found, others):
+        """The maps (P, S, S) of what a method has found; patches are enlarged.
+
+        others: image tokens that are no patch.
+        """
+        size = self.encoder.image_size
+        maps = found.get("image")
+        if maps is None:
+            maps = found["tokens"][:, others:].unflatten(-1, self.encoder.grid)
+        if maps.shape[-1] == size:
+            return maps
+        return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def joined_inputs(relevance, of_words):
@@ -829,6 +574,7 @@ def load_pretrained(path, device="cpu"):
     try:
         import huggingface_hub  # these two take seconds, which no other captioner needs
         import transformers
+        from safetensors import SafetensorError
     except ImportError:
         raise UserError(
             f"{path} needs the package transformers; pip install 'transformers<5'"
@@ -850,7 +596,7 @@ def load_pretrained(path, device="cpu"):
         model = getattr(transformers, captioner.model_class).from_pretrained(path, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         processor = transformers.AutoImageProcessor.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         if local:
             raise UserError(f"{path} holds no captioner of transformers: {reason}") from None

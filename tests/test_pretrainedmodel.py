@@ -362,7 +362,9 @@ def test_attention_is_that_of_the_last_layer(name, captioners, images):
     assert ours.attention.shape == (len(CAPTIONS[name]), 3, PATCHES)
     single = torch.tensor(OWNERS[name]).bincount() == 1
     assert_same(ours.region_relevance[single], ours.attention.mean(1)[single])
-    assert not ours.word_relevance.any()
+    # A word attends to the start and to the words before it; its own input does not count.
+    assert not ours.word_relevance[0].any()
+    assert (ours.word_relevance[1] > 0).tolist() == [True, True] + [False] * (len(single) - 2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -486,6 +488,9 @@ def test_a_folder_of_something_else_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match="type 'bert'.* are blip, git, vision-encoder-decoder"):
         load_captioner(tmp_path)
     (tmp_path / "config.json").write_text((folders["blip"] / "config.json").read_text())
+    with pytest.raises(UserError, match="holds no captioner of transformers"):
+        load_captioner(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="holds no captioner of transformers"):
         load_captioner(tmp_path)
 
