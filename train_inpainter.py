@@ -48,6 +48,7 @@ with after_parsing(globals()):
 
     from captiondata import CaptionDataset
     from encoder import build_encoder
+    from epochtraining import resume_from
     from experiments.statistics import draw_images, mean_with_interval
     from experiments.tables import markdown_table
     from gatedconv import (
@@ -233,23 +234,14 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
-    def load(self, path):
-        """Go on with what `state` returned and `path` holds. UserError if that is of another
-        training."""
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["settings"] != self.settings:
-                raise UserError(f"{path} is of other settings; repeat them, or delete it")
-            self.step = state["step"]
-            self.inpainter.load_state_dict(state["inpainter"])
-            self.critic.load_state_dict(state["critic"])
-            self.average.load_state_dict(state["average"])
-            for optimizer, held in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(held)
-        except UserError:
-            raise
-        except Exception:  # whatever PyTorch makes of bytes that are not its own
-            raise UserError(f"{path} holds no training of an inpainter; delete it") from None
+    def load_state(self, state):
+        """Go on with what `state` returned."""
+        self.step = state["step"]
+        self.inpainter.load_state_dict(state["inpainter"])
+        self.critic.load_state_dict(state["critic"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, held in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(held)
 
 
 def train_inpainter(args, output, device):
@@ -261,7 +253,7 @@ def train_inpainter(args, output, device):
     training = Training(photographs, settings, device)
     last = output.with_suffix(".last.pt")
     if last.exists():
-        training.load(last)
+        resume_from(training, last)
         print(f"going on after step {training.step} of {last}")
     parameters = sum(weight.numel() for weight in training.inpainter.parameters())
     print(f"{len(photographs)} photographs, {parameters:,} parameters, on {device}")

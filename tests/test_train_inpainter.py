@@ -66,7 +66,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(folder, tmp_path, monkeypat
     for name, weight in whole.items():
         assert torch.equal(weight, cut[name])
     (tmp_path / "cut.last.pt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="holds no training of an inpainter"):
+    with pytest.raises(UserError, match="holds no training of this command"):
         train_inpainter.main()
 
 
