@@ -14,6 +14,7 @@ import torch
 
 from aoamodel import AoACaptioner
 from basemodel import CaptionerConfig, read_checkpoint
+from clipmappermodel import is_clipmapper, load_clipmapper
 from commandline import UserError, find_checkpoint
 from encoder import Encoder
 from explanation import METHODS, Explanation
@@ -71,6 +72,8 @@ def load_captioner(path, device="cpu", pretrained=True):
         raise UserError(f"there is no checkpoint {path}; make it with: {' && '.join(commands)}")
     # Parameters that are made in inference mode could not be explained later.
     with torch.inference_mode(False):
+        if pretrained and is_clipmapper(path):
+            return load_clipmapper(path, device)
         if pretrained and is_pretrained(path):
             return load_pretrained(path, device)
         checkpoint = read_checkpoint(path, device)

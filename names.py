@@ -23,7 +23,7 @@ METHODS = (  # explanation.METHODS
     "rise",
     "attention",
 )
-PRETRAINED_METHODS = (  # pretrainedmodel.METHODS
+PRETRAINED_METHODS = (  # transformermethods.METHODS
     "attnlrp",
     "lrp",
     "gradient",
@@ -32,9 +32,13 @@ PRETRAINED_METHODS = (  # pretrainedmodel.METHODS
     "weighted_relevancy",
     "gradient_weighted_relevancy",
     "rollout",
+    "transformer_attribution",
+    "partial_lrp",
+    "attention_gradcam",
     "attention",
     "occlusion",
 )
+CLIPMAPPER_TASKS = ("caption", "vqa")  # clipmappermodel.TASKS
 MODELS = ("adaptive", "gridtd", "aoa", "soft")  # captioner.MODELS
 ENCODERS = (  # encoder.ENCODERS
     "scenes_vgg",

@@ -9,6 +9,7 @@ the objects in the images. Fine-tune a trained captioner by SCST, by LRP-inferen
                                                 # docs/datasets.md
     python train.py --model_type soft           # Show, Attend and Tell, with its doubly stochastic
                                                 # loss
+    python train.py --model_type clipmapper     # has flags of its own: train_clipmapper.py --help
     python train.py --resume checkpoints/scenes-gridtd.last.pt
                                                 # go on where it stopped, to the same end
     python train.py --cider_tune                # SCST from checkpoints/scenes-gridtd.pt, or
@@ -27,7 +28,9 @@ checkpoints/NAME.jsonl and a point of the curves in checkpoints/NAME.training.pn
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -54,6 +57,7 @@ with after_parsing(globals()):
     import torch
 
     import distributed
+    import train_clipmapper
     from basemodel import read_checkpoint
     from captiondata import CaptionDataset
     from captioner import (
@@ -816,8 +820,18 @@ def train(options, device):
     trainer.fit()
 
 
+def wants_clipmapper(arguments):
+    """Whether the flags ask for the captioner that train_clipmapper.py trains."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_type")
+    return parser.parse_known_args(arguments)[0].model_type == "clipmapper"
+
+
 def main():
     """Train as the command line says."""
+    if wants_clipmapper(sys.argv[1:]):
+        train_clipmapper.main()
+        return
     options = parse_arguments()
     device = distributed.own_device(options.device)
     with distributed.job(device):

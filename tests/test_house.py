@@ -16,14 +16,15 @@ FLOORS = [
     ["pycocoevalcap", "bert"],
     ["readers", "scenes", "redrawing", "questions"],
     ["encoder", "lrp_utils", "gradient_utils", "perturbation_utils", "relevancy_utils"],
-    ["plots", "page", "explanationfiles", "gatedconv", "holes", "inpainting"],
+    ["plots", "page", "explanationfiles", "gatedconv", "holes", "inpainting", "contrastive"],
     ["decoding", "explanation"],
-    ["basemodel"],
-    ["gridTDmodel", "aoamodel", "softattentionmodel", "pretrainedmodel"],
+    ["basemodel", "transformermethods"],
+    ["gridTDmodel", "aoamodel", "softattentionmodel", "pretrainedmodel", "clipmappermodel"],
     ["captioner"],
     ["captionmetrics", "objectives", "importance"],
-    ["experiments", "trainer"],
-    ["preparedataset", "train", "evaluation", "explain", "counterfactual", "train_inpainter"],
+    ["experiments", "trainer", "epochtraining"],
+    ["preparedataset", "evaluation", "explain", "counterfactual", "perturbation"],
+    ["train", "train_inpainter", "train_clip", "train_clipmapper"],
     ["tuning_experiment", "study", "bench"],
 ]
 LONGEST_FUNCTION = 40  # lines
@@ -102,7 +103,7 @@ def test_parsed_flags_stay_in_the_commands(path):
     """`args` is what main and the parsing helpers of a command have; nothing else takes it."""
     module = path.relative_to(ROOT).with_suffix("").parts[0]
     commands = {"preparedataset", "train", "evaluation", "explain", "counterfactual"}
-    commands |= {"train_inpainter"}
+    commands |= {"train_inpainter", "train_clip", "train_clipmapper", "perturbation"}
     commands |= {"tuning_experiment", "study", "bench"}
     # The last two turn parsed flags into plain values for the commands.
     if module in commands or module in ("commandline", "decodingflags"):

@@ -11,6 +11,7 @@ import lateimports
 import names
 from captioner import METHODS, MODELS
 from captionmetrics import FREQUENT_OBJECT_WORDS, METRICS
+from clipmappermodel import TASKS
 from decoding import DECODERS, STRIP
 from encoder import ENCODERS
 from experiments import EXPERIMENTS
@@ -21,11 +22,13 @@ from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from readers import SOURCES
 
 COMMANDS = "preparedataset train evaluation explain counterfactual".split()
-COMMANDS += "train_inpainter bench study tuning_experiment".split()
+COMMANDS += "train_inpainter train_clip train_clipmapper".split()
+COMMANDS += "bench study tuning_experiment".split()
 SLOW = {"torch", "cv2", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "nltk", "h5py"}
 TABLES = {
     "METHODS": METHODS,
     "PRETRAINED_METHODS": PRETRAINED_METHODS,
+    "CLIPMAPPER_TASKS": TASKS,
     "MODELS": MODELS,
     "ENCODERS": ENCODERS,
     "DECODERS": DECODERS,
@@ -75,6 +78,8 @@ WRONG = {
     "explain": "photo.jpg --target cat",
     "counterfactual": "photo.jpg",
     "train_inpainter": "--width 5",
+    "train_clip": "--heads 7",
+    "train_clipmapper": "--heads 7",
     "bench": "all --repeats 0",
     "study": "--explain",
     "tuning_experiment": "--no_such_flag",
