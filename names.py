@@ -38,6 +38,20 @@ PRETRAINED_METHODS = (  # transformermethods.METHODS
     "attention",
     "occlusion",
 )
+# What perturbation.py compares, of the methods that a captioner has.
+PERTURBED_METHODS = (
+    "relevancy",
+    "weighted_relevancy",
+    "gradient_weighted_relevancy",
+    "rollout",
+    "transformer_attribution",
+    "partial_lrp",
+    "attention_gradcam",
+    "attention",
+    "gradcam",
+    "input_x_gradient",
+    "lrp",
+)
 CLIPMAPPER_TASKS = ("caption", "vqa")  # clipmappermodel.TASKS
 MODELS = ("adaptive", "gridtd", "aoa", "soft")  # captioner.MODELS
 ENCODERS = (  # encoder.ENCODERS

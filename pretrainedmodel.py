@@ -337,15 +337,19 @@ class PretrainedCaptioner(ABC):
         """The Explanation of one image (1, 3, S, S) for a list of sub-words."""
         # Without words there is still a forward pass, so that all fields have their shapes.
         targets = torch.tensor([ids or [self.end]], device=self.device)
-        precise = torch.autocast(self.device.type, enabled=False)
-        with precise, exact_convolutions(), torch.enable_grad():
-            forward = self.forward_pass(pixels, targets, method.rules)
-            found = self._propagate(forward, method)
+        forward, found = self.relevance_of_caption(pixels, targets, method)
         with torch.no_grad():
             explanation = self._explanation(forward, found, ids)
         explanation.kind = method.kind
         explanation.additive = method.additive
         return explanation
+
+    def relevance_of_caption(self, pixels, targets, method):
+        """The ForwardPass of an image for sub-words (1, K), and what a TransformerMethod finds."""
+        precise = torch.autocast(self.device.type, enabled=False)
+        with precise, exact_convolutions(), torch.enable_grad():
+            forward = self.forward_pass(pixels, targets, method.rules)
+            return forward, self._propagate(forward, method)
 
     def forward_pass(self, pixels, targets, rules=nullcontext):
         """The ForwardPass of an image (1, 3, S, S), teacher-forced on sub-words (1, K)."""
@@ -433,6 +437,15 @@ class PretrainedCaptioner(ABC):
         fields = {name: value.detach().cpu() for name, value in fields.items()}
         extra = {name: value.detach().cpu() for name, value in extra.items()}
         return Explanation(words=words, beta=None, extra=extra, **fields)
+
+    def patch_relevance(self, found):
+        """The relevance of patches (P, L): that of their pixels where a method has it."""
+        height, width = self.encoder.grid
+        maps = found.get("image")
+        if maps is None:
+            return found["tokens"][:, -height * width :]
+        patches = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1))
+        return patches.sum(dim=(2, 4)).flatten(1)
 
     def image_map(self, found, others):
         """The maps (P, S, S) of what a method has found; patches are enlarged.

@@ -22,7 +22,7 @@ from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from readers import SOURCES
 
 COMMANDS = "preparedataset train evaluation explain counterfactual".split()
-COMMANDS += "train_inpainter train_clip train_clipmapper".split()
+COMMANDS += "perturbation train_inpainter train_clip train_clipmapper".split()
 COMMANDS += "bench study tuning_experiment".split()
 SLOW = {"torch", "cv2", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "nltk", "h5py"}
 TABLES = {
@@ -78,6 +78,7 @@ WRONG = {
     "explain": "photo.jpg --target cat",
     "counterfactual": "photo.jpg",
     "train_inpainter": "--width 5",
+    "perturbation": "--items 3",
     "train_clip": "--heads 7",
     "train_clipmapper": "--heads 7",
     "bench": "all --repeats 0",

@@ -58,11 +58,11 @@ def enliven(model):
             nn.init.normal_(parameter, std=0.3)
 
 
-def save_mapper(task, clip_folder, folder):
+def save_mapper(task, clip_folder, folder, answers=ANSWERS):
     """Save a CLIPmapper of three layers behind the CLIP of a folder."""
     clip = load_clip(clip_folder)
     torch.manual_seed(1)
-    answers = ANSWERS if task == "vqa" else ()
+    answers = answers if task == "vqa" else ()
     config = ClipMapperConfig(task, answers, width=12, layers=3, heads=3, prefix=2, dropout=0.1)
     model = ClipMapper(config, clip)
     for name, part in model.named_children():
