@@ -483,11 +483,12 @@ class ClipMapperCaptioner(PretrainedCaptioner):
         return [self.answers[index] for index in best.tolist()]
 
     def explain_answers(self, images, questions, answers=None, method="attnlrp"):
-        """Explain an answer to a question of each image: B Explanations of one word each.
+        """Explain an answer to a question of each image: B Explanations.
 
-        answers: what to explain, of `answers`; None: what the model says. Of an Explanation `words`
-        is the answer, and `extra` has "question", the sub-words of the question, and
-        "question_relevance" (K,), theirs. UserError for an answer that the model does not know.
+        answers: what to explain, of `answers`; None: what the model says. The `words` of an
+        Explanation are the sub-words of the question, which are `given`, and the answer; only of
+        that something is said, so its row is the last one. UserError for an answer that the model
+        does not know.
         """
         chosen = method_for(self, method)
         answers = self.answer(images, questions) if answers is None else answers
@@ -519,25 +520,26 @@ class ClipMapperCaptioner(PretrainedCaptioner):
             return forward, self._propagate(forward, method)
 
     def _answer_explanation(self, forward, found, answer):
-        """The Explanation of an answer."""
+        """The Explanation of an answer, behind the question's words, which have zeros."""
         others = forward.image_tokens - self.encoder.grid[0] * self.encoder.grid[1]
         probabilities = forward.logits.softmax(-1).gather(-1, forward.targets.unsqueeze(-1))
+        question = self.tokenizer.convert_ids_to_tokens(forward.ids[0, 1:-1].tolist())
         fields = {
             "scores": forward.scores[0],
             "probabilities": probabilities.flatten(),
             "image_relevance": self.image_map(found, others),
             "region_relevance": found["tokens"][:, others:],
-            "word_relevance": forward.logits.new_zeros(1, 1),
+            "word_relevance": found["words"][:, :-1],  # of the start, and of the question
             "attention": forward.last_attention()[:, :, others:].transpose(0, 1),
         }
-        inner = slice(1, -1)  # without the start and the end
-        fields = {name: value.detach().cpu() for name, value in fields.items()}
-        extra = {
-            "class_relevance": found["tokens"][:, :others].sum(-1).cpu(),
-            "question": self.tokenizer.convert_ids_to_tokens(forward.ids[0, inner].tolist()),
-            "question_relevance": found["words"][0, inner].detach().cpu(),
-        }
-        return Explanation(words=[answer], beta=None, extra=extra, **fields)
+        extra = {"class_relevance": found["tokens"][:, :others].sum(-1)}
+        for values in (fields, extra):
+            for name, value in values.items():
+                before = value.new_zeros(len(question), *value.shape[1:])
+                values[name] = torch.cat([before, value]).detach().cpu()
+        return Explanation(
+            words=[*question, answer], beta=None, extra=extra, given=len(question), **fields
+        )
 
 
 class Speaker:

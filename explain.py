@@ -8,6 +8,8 @@
     python explain.py photos --words dog ball                       # draws only these words
     python explain.py photo.jpg --target cat --position 2           # why not "a cat"?
     python explain.py photo.jpg --words dog --figure figure.pdf     # for a paper
+    python explain.py scene.jpg --checkpoint checkpoints/clipmapper-scenes-vqa \
+        --question "what colour is the dog?"                        # its answer
     torchrun --nproc_per_node=4 explain.py photos                   # 4 processes share the images
 
 For each image and method it writes NAME-METHOD.png (a figure), NAME-METHOD.npz (the relevance maps,
@@ -54,6 +56,7 @@ with after_parsing(globals()):
     from basemodel import Captioner
     from captiondata import load_regions
     from captioner import load_captioner
+    from clipmappermodel import ClipMapperCaptioner
     from explanation import method_for
     from explanationfiles import mark_of, marked, output_names, write_arrays, write_numbers
     from images import image_files, image_transform, load_image
@@ -122,6 +125,11 @@ FLAGS = [
         metavar="T",
         shown="none",
     ),
+    Flag(
+        "question",
+        "explain the answer to this question, of a CLIPmapper that has learnt to answer",
+        shown="none",
+    ),
     Flag("words", "draw only these words of the captions", nargs="+", metavar="WORD", shown="all"),
     Flag(
         "scale",
@@ -161,6 +169,7 @@ class Wanted:
     methods   {name in the results: method of METHODS}
     caption   the words of the caption, or None for the captioner's own
     target    (word, position): the word to explain instead of the caption's own, or None
+    question  what is asked, if an answer is explained and no caption, else None
     words     the words to draw, or None for all
     scale     what shares one scale of colours, one of names.SCALES
     figure    the file of a figure of words and methods, or None
@@ -172,6 +181,7 @@ class Wanted:
     methods: dict
     caption: list | None
     target: tuple | None
+    question: str | None
     words: list | None
     scale: str
     figure: Path | None
@@ -247,6 +257,11 @@ def check_arguments(args, decoding):
         raise UserError("--target draws one word, and --words asks for others")
     if args.through_attention and "lrp" not in args.method:
         raise UserError("--through_attention goes with --method lrp")
+    if args.question is not None:
+        others = {"--caption": args.caption, "--target": args.target, "--words": args.words}
+        for name, value in others.items():
+            if value is not None:
+                raise UserError(f"--question and {name} do not go together")
     output = Path(args.output)
     names_file = output.suffix.lower() in FILE_ENDINGS and not output.is_dir()
     if not args.output or names_file or output.is_file():
@@ -287,23 +302,36 @@ def what_is_wanted(args, decoding):
         methods["lrp"] = "attnlrp"
     caption = None if args.caption is None else tokenize(args.caption)
     figure = None if args.figure is None else Path(args.figure)
-    width = args.figure_width
     page = None if args.html is None else Path(args.html)
     target = None if args.target is None else target_of(args.target, args.position)
     if caption and target is not None and target[1] > len(caption):
         raise UserError(
             f"--caption ends with word {len(caption)}, so it has no word --position {target[1]}"
         )
-    if args.words is None:
-        return Wanted(methods, caption, target, None, args.scale, figure, width, page, decoding)
-    words = tokenize(" ".join(args.words))
+    return Wanted(
+        methods=methods,
+        caption=caption,
+        target=target,
+        question=args.question,
+        words=None if args.words is None else words_to_draw(args.words, caption),
+        scale=args.scale,
+        figure=figure,
+        width=args.figure_width,
+        html=page,
+        decoding=decoding,
+    )
+
+
+def words_to_draw(texts, caption):
+    """The words of --words; UserError if there is none, or one that a given caption lacks."""
+    words = tokenize(" ".join(texts))
     if not words:
         raise UserError("--words gives no word to draw")
     if caption is not None:
         for word in words:
             if word not in caption:
                 raise UserError(f"--caption has no word '{word}' to draw")
-    return Wanted(methods, caption, target, words, args.scale, figure, width, page, decoding)
+    return words
 
 
 def target_of(text, position):
@@ -397,12 +425,22 @@ def check_wanted(speakers, wanted):
     for speaker in speakers:
         for method in wanted.methods.values():
             method_for(speaker.captioner, method)
+        if wanted.question is not None:
+            check_question(speaker.captioner, wanted.question)
         if wanted.caption is not None:
             speaker.captioner.check_words(wanted.caption)
         if wanted.target is not None:
             speaker.captioner.check_words([wanted.target[0]])
     for word in wanted.words or []:
         check_known(speakers, word)
+
+
+def check_question(captioner, question):
+    """Raise a UserError unless a captioner can answer this question."""
+    if not isinstance(captioner, ClipMapperCaptioner):
+        raise UserError("--question is for a CLIPmapper that has learnt to answer questions")
+    captioner.require("vqa")
+    captioner.question_ids([question])
 
 
 def check_known(speakers, word):
@@ -460,6 +498,8 @@ def explain_few(speakers, photographs, stems, wanted):
     for a page of all images {path: its `page.entry_data`}.
     """
     asked = [mark_of(wanted.caption), mark_of(wanted.words, "only")]
+    if wanted.question is not None:
+        asked.append(mark_of(tokenize(wanted.question)))
     if wanted.target is not None:
         asked.append("{}_at_{}".format(*wanted.target))
     drawn = []
@@ -528,6 +568,9 @@ def explain(captioner, photographs, wanted):
     if not photographs:
         return
     inputs = network_inputs(captioner.encoder, photographs)
+    if wanted.question is not None:
+        yield from explain_answers(captioner, photographs, inputs, wanted)
+        return
     if wanted.caption is None:
         captions = captioner.caption(inputs, **wanted.decoding)
     else:
@@ -552,6 +595,16 @@ def explain(captioner, photographs, wanted):
         if captioner.encoder.given:
             paint_regions(explanations, photographs[index])
         yield photographs[index], explanations
+
+
+def explain_answers(captioner, photographs, inputs, wanted):
+    """As `explain`, of the answers to a question; inputs: as of `network_inputs`."""
+    questions = [wanted.question] * len(photographs)
+    found = {}
+    for name, method in wanted.methods.items():
+        found[name] = captioner.explain_answers(inputs, questions, method=method)
+    for row, photograph in enumerate(photographs):
+        yield photograph, {name: rows[row] for name, rows in found.items()}
 
 
 def why_unexplained(caption, target):
@@ -607,8 +660,8 @@ def write_explanations(stem, photograph, explanations, wanted, about):
     caption = first.words
     tqdm.write(f"{photograph.path}: {first.title()}")
     positions = []
-    for position, word in enumerate(caption):
-        if wanted.words is None or word in wanted.words:
+    for position in first.positions_of(None):
+        if wanted.words is None or caption[position] in wanted.words:
             positions.append(position)
     if wanted.target is not None:
         positions = positions[-1:]

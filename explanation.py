@@ -189,6 +189,8 @@ class Explanation:
     photograph        a PIL image, if the captioner was given one or its file, else None
     instead_of        the word that the caption has where the last of `words` stands, if that is one
                       that was not said, else None
+    given             so many of `words` were not said but given, a question; nothing is said of
+                      them, and what follows is the answer
 
     In a notebook it shows itself as a page, in which one points at words.
     """
@@ -207,6 +209,7 @@ class Explanation:
     method: str = ""
     photograph: Image.Image | None = None
     instead_of: str | None = None
+    given: int = 0
 
     def title(self):
         """The caption in one line; it tells where the last word is not the caption's own."""
@@ -281,12 +284,12 @@ class Explanation:
         return photograph
 
     def positions_of(self, words):
-        """The positions of these words in the caption, or of all for None.
+        """The positions of these words in the caption, or of all that were said for None.
 
         UserError for a word that the caption does not have.
         """
         if words is None:
-            return list(range(len(self.words)))
+            return list(range(self.given, len(self.words)))
         for word in words:
             if word not in self.words:
                 raise UserError(f"the caption has no word '{word}': {' '.join(self.words)}")

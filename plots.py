@@ -279,7 +279,7 @@ def explanation_figure(image, explanation, positions=None, scale="caption"):
     positions: of the words to draw, or None for all; scale: one of SCALES.
     """
     if positions is None:
-        positions = range(len(explanation.words))
+        positions = explanation.positions_of(None)
     drawing = drawing_of(image, explanation, scale)
     side = PANEL - 2 * MARGIN
     height = side * panel_shape(image)
@@ -506,7 +506,7 @@ def comparison_figure(image, explanations, positions=None, scale="caption"):
     blocks, one below the other.
     """
     first = next(iter(explanations.values()))
-    positions = list(range(len(first.words)) if positions is None else positions)
+    positions = list(first.positions_of(None) if positions is None else positions)
     drawings = {}
     for method, explanation in explanations.items():
         drawings[method] = drawing_of(image, explanation, scale)

@@ -329,10 +329,12 @@ def test_every_method_explains_captions_and_answers(method, captioners, images):
     one, other = answerer.explain_answers(
         images, [QUESTION, "what colour is the ball ?"], ["yes", "blue"], method
     )
-    assert one.words == ["yes"] and other.words == ["blue"]
-    assert one.image_relevance.shape == (1, 8, 8)
-    assert one.extra["question"] == ["is", "there", "a", "red", "dog", "?"]
-    assert other.extra["question_relevance"].shape == (6,)
+    assert one.words == ["is", "there", "a", "red", "dog", "?", "yes"]
+    assert other.words[-1] == "blue"
+    assert one.given == 6 and one.positions_of(None) == [6]
+    assert one.image_relevance.shape == (7, 8, 8)
+    assert one.word_relevance.shape == (7, 7)
+    assert not one.image_relevance[:6].any() and not one.word_relevance[:6].any()
     for explanation in (first, one):
         assert torch.isfinite(explanation.image_relevance).all()
         assert explanation.image_relevance.abs().sum() > 0
@@ -361,8 +363,9 @@ def test_captions_and_answers_are_the_likeliest(captioners, images):
     )
     assert answer == tiny_clip.ANSWERS[logits[0].argmax()]
     (explained,) = answerer.explain_answers(images[:1], [QUESTION])
-    assert explained.words == [answer]
-    assert explained.probabilities.item() == pytest.approx(logits[0].softmax(0).max().item())
+    assert explained.words[-1] == answer
+    assert explained.probabilities[-1].item() == pytest.approx(logits[0].softmax(0).max().item())
+    assert explained.scores[-1].item() == pytest.approx(logits[0].max().item())
 
 
 def test_what_is_saved_is_what_is_loaded(folders):
@@ -386,6 +389,36 @@ def test_the_command_explains_with_a_folder(folders, tmp_path, monkeypatch, caps
     assert "photo.png: a red dog" in capsys.readouterr().out
     stem = "explanations/photo-caption-a_red_dog"
     assert np.load(f"{stem}-relevancy.npz")["image_relevance"].shape == (3, 8, 8)
+
+
+def test_the_command_explains_an_answer(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    arguments = ["photo.png", "--checkpoint", str(folders["vqa"]), "--method", "relevancy", "lrp"]
+    arguments += ["--device", "cpu"]
+    command(monkeypatch, explain_script, *arguments, "--question", QUESTION)
+    explain_script.main()
+    answerer = load_captioner(folders["vqa"])
+    (answer,) = answerer.answer([Image.open("photo.png")], [QUESTION])
+    assert f"photo.png: is there a red dog ? {answer}" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "explanations").iterdir()}
+    stem = "photo-vqa-is_there_a_red_dog"
+    expected = {f"{stem}-lrp.png", f"{stem}-relevancy.npz", f"{stem}-methods.png", f"{stem}.html"}
+    assert expected <= written
+    for more, message in [
+        (["--question", " "], "no word in an empty question"),
+        (["--question", QUESTION, "--words", "dog"], "--question and --words do not go together"),
+        (["--question", QUESTION, "--caption", "a"], "--question and --caption do not go together"),
+        ([], "it has not learnt the task 'caption'"),
+    ]:
+        command(monkeypatch, explain_script, *arguments, *more)
+        with pytest.raises(UserError, match=message):
+            explain_script.main()
+    arguments[2] = str(folders["caption"])
+    command(monkeypatch, explain_script, *arguments, "--question", QUESTION)
+    with pytest.raises(UserError, match="it has not learnt the task 'vqa'"):
+        explain_script.main()
 
 
 def test_mistakes_are_one_line(captioners, images):
