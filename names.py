@@ -50,6 +50,7 @@ PERTURBED_METHODS = (
     "attention",
     "gradcam",
     "input_x_gradient",
+    "attnlrp",
     "lrp",
 )
 CLIPMAPPER_TASKS = ("caption", "vqa")  # clipmappermodel.TASKS

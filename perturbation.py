@@ -38,7 +38,7 @@ with after_parsing(globals()):
     from experiments import perturbation
     from experiments.perturbed import Answers, ClipMapperSentences, LstmSentences
     from experiments.tables import intervals_joined, markdown_table
-    from explanation import method_for
+    from explanation import method_for, methods_of
 
 QUESTIONS = 1000
 CAPTIONS = 500
@@ -100,8 +100,16 @@ def subject_of(captioner, folder, split, items, seed):
 
 
 def default_methods(captioner):
-    """The methods that are tested if none is named: those of names.py that it has."""
-    return [name for name in names.PERTURBED_METHODS if name in captioner.methods]
+    """The methods that are tested if none is named: those of names.py that are for a captioner.
+
+    Of a transformer, "attnlrp" and "lrp" are two names of one method.
+    """
+    known = methods_of(captioner)
+    chosen = {}
+    for name in names.PERTURBED_METHODS:
+        if name in known and captioner.methods[name] not in chosen.values():
+            chosen[name] = captioner.methods[name]
+    return list(chosen)
 
 
 def main(arguments=None):

@@ -326,6 +326,15 @@ def test_regions_of_an_lstm_are_taken_away(scenes):
 # -------------------------------------------------------------------------------------- the command
 
 
+def test_every_method_is_tested_once(captioners):
+    transformer = perturbation_script.default_methods(captioners["vqa"])
+    assert {"relevancy", "attnlrp", "rollout", "partial_lrp"} <= set(transformer)
+    assert not {"lrp", "gradcam"} & set(transformer)
+    multi_head = perturbation_script.default_methods(random_captioner(model_type="aoa"))
+    assert multi_head == ["attention", "gradcam", "input_x_gradient", "attnlrp", "lrp"]
+    assert "attnlrp" not in perturbation_script.default_methods(random_captioner())
+
+
 def test_the_command_writes_a_table(folders, scenes, tmp_path, monkeypatch, capsys):
     flags = ["--checkpoint", folders["vqa"], "--dataset", scenes, "--items", 5]
     flags += ["--methods", "relevancy", "weighted_relevancy", "--output", tmp_path]
