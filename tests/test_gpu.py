@@ -1,6 +1,7 @@
 """What only a GPU can show: it finds what the CPU finds. Skipped without one."""
 
 import pytest
+import tiny_clip
 import torch
 from fixtures import command, prepared_scenes
 from helpers import random_captioner
@@ -13,6 +14,7 @@ from encoder import build_encoder
 from experiments import EXPERIMENTS, faithfulness, map_quality, sign
 from experiments.case import Setting, examine
 from explanation import METHODS, methods_of
+from pretrainedmodel import METHODS as PRETRAINED_METHODS
 from pycocoevalcap.chair.chair import object_phrases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -57,6 +59,33 @@ def assert_same(found, truth, tolerance):
     """That what two explanations hold differs by no more than `is_close` allows."""
     for name in PARTS:
         assert is_close(getattr(found, name), getattr(truth, name), tolerance), name
+
+
+@pytest.fixture(scope="module")
+def clipmappers(tmp_path_factory):
+    """{task: the folder of a CLIPmapper}."""
+    root = tmp_path_factory.mktemp("clipmapper")
+    tiny_clip.save_clip(root / "clip")
+    tasks = ("caption", "vqa")
+    return {task: tiny_clip.save_mapper(task, root / "clip", root / task) for task in tasks}
+
+
+@pytest.mark.parametrize("method", PRETRAINED_METHODS)
+def test_a_clipmapper_explains_as_the_cpu_does(method, clipmappers):
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    caption = ["is", "the", "dog", "red"]
+    questions = ["is there a red dog ?", "what colour is the ball ?"]
+    for task, folder in clipmappers.items():
+        found = []
+        for device in ("cpu", "cuda"):
+            captioner = load_captioner(folder, device)
+            if task == "caption":
+                found.append(captioner.explain(images, [caption, caption[:2]], method))
+            else:
+                answers = ["yes", "red"]
+                found.append(captioner.explain_answers(images, questions, answers, method))
+        for truth, there in zip(*found):
+            assert_same(there, truth, 1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -432,20 +432,22 @@ def test_photographs_are_prepared_as_the_model_was_published(captioners):
     assert len(captioner.explain([photograph], [CAPTIONS["git"]])) == 1
 
 
-def test_the_command_explains_with_a_folder(folders, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_command_explains_with_a_folder(name, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.png")
-    arguments = ["photo.png", "--checkpoint", str(folders["blip"]), "--caption", "a doggy"]
+    caption = CAPTIONS[name][:2]
+    arguments = ["photo.png", "--checkpoint", str(folders[name]), "--caption", " ".join(caption)]
     methods = ["lrp", "weighted_relevancy"]
     command(monkeypatch, explain_script, *arguments, "--method", *methods, "--device", "cpu")
     explain_script.main()
-    assert "photo.png: a doggy" in capsys.readouterr().out
+    assert f"photo.png: {' '.join(caption)}" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "explanations").iterdir()}
-    stem = "photo-blip-a_doggy"
+    stem = f"photo-{name}-{'_'.join(caption)}"
     assert {f"{stem}-lrp.png", f"{stem}-weighted_relevancy.npz", f"{stem}-methods.png"} <= written
     maps = np.load(f"explanations/{stem}-lrp.npz")
-    assert maps["model_type"] == "blip"
+    assert maps["model_type"] == name.replace("vit_gpt2", "vision-encoder-decoder")
     assert maps["image_relevance"].shape == (2, 8, 8)
     assert maps["own_relevance"].shape == (2,)
 
