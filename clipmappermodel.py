@@ -32,7 +32,7 @@ from torch import nn
 
 import decoding
 from commandline import UserError, read_json, write_atomically
-from contrastive import Clip, image_tokens, load_tensors, own_tensors, patches
+from contrastive import Clip, image_tokens, load_tensors, patches, write_weights
 from encoder import Encoder
 from explanation import Explanation, exact_convolutions, method_for
 from pretrainedmodel import (
@@ -293,14 +293,11 @@ def _entrance(channels, width):
 
 def save_clipmapper(folder, model, clip):
     """Write a ClipMapper with its Clip's tokenizer and processor, config.json last."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     clip.tokenizer.save_pretrained(folder)
     clip.processor.save_pretrained(folder)
-    with write_atomically(folder / "model.safetensors") as temporary:
-        save_file(own_tensors(model), temporary, {"format": "pt"})
+    write_weights(folder / "model.safetensors", model)
     config = {
         "model_type": MODEL_TYPE,
         **asdict(model.config),

@@ -64,29 +64,28 @@ class Clip:
 
     def save(self, folder):
         """Write all of it into a folder, the configuration last: it stands for a whole one."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        with write_atomically(folder / "model.safetensors") as temporary:
-            save_file(own_tensors(self.model), temporary, {"format": "pt"})
+        write_weights(folder / "model.safetensors", self.model)
         if self.stem:
-            with write_atomically(folder / STEM_FILE) as temporary:
-                save_file(own_tensors(self.stem), temporary, {"format": "pt"})
+            write_weights(folder / STEM_FILE, self.stem)
         config = self.model.config.to_dict() | {"stem": self.stem.name if self.stem else None}
         with write_atomically(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
 
 
-def own_tensors(module):
-    """The state dict of a module in half precision, each tensor with its own memory, on the CPU."""
+def write_weights(path, module):
+    """Write the state dict of a module in half precision, as transformers reads it."""
+    from safetensors.torch import save
+
     tensors = {}
     for name, value in module.state_dict().items():
-        value = value.detach().cpu().clone()
+        value = value.detach().cpu().clone()  # or safetensors refuses what shares memory
         tensors[name] = value.half() if value.is_floating_point() else value
-    return tensors
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(save(tensors, {"format": "pt"}))
 
 
 def patches(stem, pixels):
