@@ -7,8 +7,9 @@
 Of a CLIPmapper that answers questions the right answers are counted; of captioners the probability
 of a word is told, and CIDEr. The table says for each method the area under the curve while the most
 relevant tokens go first (positive: lower is better), while the least relevant go first (negative:
-higher is better), and the gap between them. OUTPUT/NAME.json holds the table, the mean curves and
-the areas of each item; OUTPUT/NAME.jsonl lets an interrupted run go on. See docs/clipmapper.md.
+higher is better), and the gap between them. OUTPUT/NAME.json holds the table and the mean curves,
+NAME-areas.json the areas of each item, and NAME.png shows the gaps; NAME.jsonl lets an interrupted
+run go on. See docs/clipmapper.md.
 """
 
 from pathlib import Path
@@ -39,6 +40,7 @@ with after_parsing(globals()):
     from experiments.perturbed import Answers, ClipMapperSentences, LstmSentences
     from experiments.tables import intervals_joined, markdown_table
     from explanation import method_for, methods_of
+    from plots import gaps_figure, save_figure
 
 QUESTIONS = 1000
 CAPTIONS = 500
@@ -139,9 +141,11 @@ def main(arguments=None):
     report = {**provenance(args.seed), **header, "images": subject.images, "table": rows}
     report["shares"] = perturbation.SHARES
     report["curves"] = perturbation.mean_curves(records)
-    report["areas"] = perturbation.areas_of_all(records)
     write_json(output, report)
-    print(f"written to {output}")
+    areas = perturbation.areas_of_all(records)
+    write_json(args.output / f"{stem}-areas.json", areas, indent=None)
+    figure = save_figure(gaps_figure(rows), output.with_suffix(".png"))
+    print(f"written to {output}, the gaps drawn in {figure}")
 
 
 def command():

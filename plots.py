@@ -643,6 +643,34 @@ def differences_figure(rows):
     return figure
 
 
+def gaps_figure(rows):
+    """The gaps of perturbation tests with their intervals: a panel for each side, best on top.
+
+    rows: dicts with "removed", "measure", "method", "gap", "gap low" and "gap high".
+    """
+    panels = {}  # by side
+    for row in rows:
+        panels.setdefault((row["removed"], row["measure"]), []).append(row)
+    longest = max(map(len, panels.values()))
+    size = (1 + 3.4 * len(panels), 1 + 0.24 * longest)
+    figure = Figure(figsize=size, layout="constrained")
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((side, measure), found) in zip(every_axes, panels.items()):
+        found = sorted(found, key=lambda row: row["gap"])
+        axes.axvline(0, color="0.3", linewidth=0.8)
+        for place, row in enumerate(found):
+            axes.plot([row["gap low"], row["gap high"]], [place, place], color=NOTE)
+            axes.plot(row["gap"], place, "o", color=NOTE, markersize=5)
+        names = [row["method"].replace("_", " ") for row in found]
+        axes.set_yticks(range(len(found)), names, fontsize=SMALL_PRINT)
+        axes.set_title(f"removed: {side}", fontsize=9)
+        axes.set_xlabel(f"gap in {measure}", fontsize=8)
+        axes.tick_params(axis="x", labelsize=SMALL_PRINT)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
 def training_figure(history):
     """The curves of a training: losses on the left, metrics on the right.
 

@@ -184,13 +184,13 @@ def mean_curves(records):
 
 
 def areas_of_all(records):
-    """{side: {method: {order: [[item, image, area], ...]}}}, so that others can draw, too."""
+    """{side: {method: {order: areas, "images": the numbers of their images}}}, by item."""
     found = {}
     for record in records:
         for side, methods in record["curves"].items():
             for method, orders in methods.items():
-                place = found.setdefault(side, {}).setdefault(method, {})
+                place = found.setdefault(side, {}).setdefault(method, {"images": []})
+                place["images"].append(record["image"])
                 for order, curve in orders.items():
-                    row = [record["index"], record["image"], round(area(curve), 4)]
-                    place.setdefault(order, []).append(row)
+                    place.setdefault(order, []).append(round(area(curve), 4))
     return found

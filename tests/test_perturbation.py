@@ -341,15 +341,17 @@ def test_the_command_writes_a_table(folders, scenes, tmp_path, monkeypatch, caps
     command(monkeypatch, perturbation_script, *flags, "--device", "cpu")
     perturbation_script.main()
     assert "| image " in capsys.readouterr().out
+    assert (tmp_path / "vqa-test.png").exists()
     report = json.loads((tmp_path / "vqa-test.json").read_text())
     assert report["items"] == 5
     found = {(row["removed"], row["method"]) for row in report["table"]}
     methods = ("relevancy", "weighted_relevancy", "random")
     assert found == {(side, method) for side in (IMAGE, QUESTION) for method in methods}
-    assert len(report["areas"][IMAGE]["random"]["positive"]) == 5
+    all_areas = json.loads((tmp_path / "vqa-test-areas.json").read_text())
+    assert len(all_areas[IMAGE]["random"]["images"]) == 5
     assert len(report["curves"][QUESTION]["relevancy"]["negative"]) == len(SHARES)
     row = report["table"][0]
-    areas = [row[2] for row in report["areas"][IMAGE]["relevancy"]["positive"]]
+    areas = all_areas[IMAGE]["relevancy"]["positive"]
     assert row["positive"] == pytest.approx(np.mean(areas), abs=1e-3)
 
 
