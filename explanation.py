@@ -214,7 +214,7 @@ class Explanation:
     def title(self):
         """The caption in one line; it tells where the last word is not the caption's own."""
         if self.instead_of is None:
-            return " ".join(self.words)
+            return " ".join(self.words).replace(" ?", "?")
         *before, target = self.words
         return " ".join([*before, f"({target}) instead of {self.instead_of}"])
 

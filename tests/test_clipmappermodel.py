@@ -401,7 +401,7 @@ def test_the_command_explains_an_answer(folders, tmp_path, monkeypatch, capsys):
     explain_script.main()
     answerer = load_captioner(folders["vqa"])
     (answer,) = answerer.answer([Image.open("photo.png")], [QUESTION])
-    assert f"photo.png: is there a red dog ? {answer}" in capsys.readouterr().out
+    assert f"photo.png: is there a red dog? {answer}" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "explanations").iterdir()}
     stem = "photo-vqa-is_there_a_red_dog"
     expected = {f"{stem}-lrp.png", f"{stem}-relevancy.npz", f"{stem}-methods.png", f"{stem}.html"}
