@@ -14,9 +14,10 @@ our reading.
 Stage one gives tokens of the image (a class token and patches) and of the text. Stage two has two
 streams of tokens of W channels: the image's, and the text's behind a learned prefix. In each of its
 layers both streams attend to themselves, and the text attends to the image. If the answer to a
-question is wanted, the image also attends to the text (co-attention), and the first token of the
-prefix is classified. If a caption is wanted, the text is what has been said so far; each word sees
-the prefix and the words before it, and its state gives the next word.
+question is wanted, the image also attends to the text (co-attention) in the second half of the
+layers, and the first token of the prefix is classified. If a caption is wanted, the text is what
+has been said so far; each word sees the prefix and the words before it, and its state gives the
+next word.
 
 Shapes: B images, n = 1 + L image tokens, K inputs, P tokens of the prefix, M = P + K, V outputs.
 """
@@ -80,16 +81,20 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens, asked=None, seen=None):
+    def forward(self, tokens, asked=None, seen=None, owner=None):
         """What attending adds to the tokens (B, S, W).
 
         asked: the tokens (B, Q, W) that are attended to, as their own layer norm leaves them; None:
         the same. seen: bool, of the shape (..., S, Q), what a token may attend to; None: all.
+        owner: long (B,), which row of `asked` belongs to each; None: the same row.
         """
         tokens = self.norm(tokens)
         asked = tokens if asked is None else asked
         query = self._by_head(self.query(tokens))
-        key, value = self.key_value(asked).chunk(2, dim=-1)
+        key_value = self.key_value(asked)
+        if owner is not None:
+            key_value = key_value[owner]
+        key, value = key_value.chunk(2, dim=-1)
         context = F.scaled_dot_product_attention(
             query, self._by_head(key), self._by_head(value), attn_mask=seen
         )
@@ -134,16 +139,17 @@ class MapperLayer(nn.Module):
             self.text_norm = nn.LayerNorm(width)
         self.image_mlp = None if last else Mlp(width, dropout)
 
-    def forward(self, image, text, seen):
+    def forward(self, image, text, seen, owner=None):
         """Tokens of the image (B, n, W) and the text (B, M, W) -> those after this layer.
 
-        seen: bool (..., M, M), which text tokens attend to which.
+        seen: bool (..., M, M), which text tokens attend to which; owner: as of ClipMapper.read.
         """
         image = self.looked_at(image)
         text = text + self.text_self(text, seen=seen)
         asked = text
-        text = text + self.text_to_image(text, self.image_norm(image))
+        text = text + self.text_to_image(text, self.image_norm(image), owner=owner)
         if self.image_to_text is not None:
+            image = image if owner is None else image[owner]
             known = seen[..., :1, :]  # padding is no part of the text
             image = image + self.image_to_text(image, self.text_norm(asked), known)
         return self.finished(image), text + self.text_mlp(text)
@@ -176,7 +182,7 @@ class ClipMapper(nn.Module):
         layers = []
         for number in range(config.layers):
             last = number == config.layers - 1
-            mutual = config.task == "vqa"
+            mutual = config.task == "vqa" and number >= config.layers // 2
             layers.append(MapperLayer(width, config.heads, config.dropout, mutual, last))
         self.layers = nn.ModuleList(layers)
         outputs = len(config.answers) or sizes.text_config.vocab_size
@@ -222,12 +228,18 @@ class ClipMapper(nn.Module):
         """
         return self.read(image, self.text_tokens(ids), self.seen(ids))
 
-    def read(self, image, words, seen):
-        """As `forward`, of the tokens (B, K, E) of the text."""
+    def read(self, image, words, seen, owner=None):
+        """As `forward`, of the tokens (B, K, E) of the text.
+
+        owner: long (B,), the row of the image that each text is about, where several are about one:
+        then layers in which the image does not attend to the text run once an image.
+        """
         image = self.image_in(image)
         text = self.with_prefix(words)
         for layer in self.layers:
-            image, text = layer(image, text, seen)
+            image, text = layer(image, text, seen, owner)
+            if layer.image_to_text is not None:
+                owner = None
         return self.outputs(text)
 
     def with_prefix(self, words):

@@ -121,8 +121,33 @@ def similarity(model, tokens, token_ids):
 
     tokens (B, n, D), as of `image_tokens`; token_ids (B', K), padded at the end.
     """
+    return _whole_similarity(model, tokens, model.text_model(input_ids=token_ids))
+
+
+def similarities(model, tokens, token_ids):
+    """`similarity`, and the fine-grained one (Yao et al. 2022): (B, B') each.
+
+    In the latter each word looks for the patch that is most like it, and the mean is taken over the
+    words, without start and end. It teaches patches what is in them, which CLIP's own loss, of the
+    class token alone, does not.
+    """
+    text = model.text_model(input_ids=token_ids)
+    patches = model.visual_projection(model.vision_model.post_layernorm(tokens[:, 1:]))
+    words = model.text_projection(text.last_hidden_state[:, 1:])
+    cosines = torch.einsum(
+        "bpd,tkd->btkp", F.normalize(patches, dim=-1), F.normalize(words, dim=-1)
+    )
+    ends = token_ids == model.config.text_config.eos_token_id
+    inner = ends.cumsum(dim=1)[:, 1:] == 0  # the first end is no word, nor what follows it
+    best = cosines.amax(dim=-1) * inner
+    fine = best.sum(dim=-1) / inner.sum(dim=-1).clamp(min=1)
+    return _whole_similarity(model, tokens, text), model.logit_scale.exp() * fine
+
+
+def _whole_similarity(model, tokens, text):
+    """Of the class tokens and the texts' ends; text: what the text encoder returns."""
     vision = model.visual_projection(model.vision_model.post_layernorm(tokens[:, 0]))
-    text = model.text_projection(model.text_model(input_ids=token_ids).pooler_output)
+    text = model.text_projection(text.pooler_output)
     scale = model.logit_scale.exp()
     return scale * F.normalize(vision, dim=-1) @ F.normalize(text, dim=-1).T
 

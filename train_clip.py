@@ -6,9 +6,10 @@
 
 It is what a CLIPmapper needs where CLIP's own weights cannot be had (see contrastive.py), and **is
 not CLIP**. An image's partner in a step is one of its captions; of the drawn scenes also a question
-with its answer. The folder that is written is of the epoch with the best recall on the split val.
-OUTPUT/training.pt holds what is needed to go on: the same command goes on where an interrupted one
-stopped.
+with its answer, unless that is "no". The loss is the mean of CLIP's and of that of FILIP (Yao et
+al. 2022), in which words look for patches. The folder that is written is of the epoch with the best
+recall on the split val. OUTPUT/training.pt holds what is needed to go on: the same command goes on
+where an interrupted one stopped.
 """
 
 import math
@@ -40,6 +41,7 @@ with after_parsing(globals()):
         image_tokens,
         new_clip,
         patches_of_split,
+        similarities,
         similarity,
     )
     from encoder import build_encoder
@@ -92,6 +94,8 @@ def texts_of(folder, split):
     if dataset.info["name"] == "scenes":
         place = {entry["file"]: number for number, entry in enumerate(dataset.entries)}
         for question in read_questions(folder, split):
+            if question.answer == "no":
+                continue  # it tells what is not there
             texts[place[question.file]].append(f"{question.text} {question.answer}")
     return texts
 
@@ -136,8 +140,11 @@ class Training:
         kept = self.kept_patches(len(batch), generator)
         with self.epochs.autocast():
             tokens = image_tokens(self.model, maps, kept)
-            scores = similarity(self.model, tokens, self.clip.token_ids(texts).to(self.device))
-        loss = self.epochs.descend(contrastive_loss(scores.float(), same.to(self.device)))
+            ids = self.clip.token_ids(texts).to(self.device)
+            whole, fine = similarities(self.model, tokens, ids)
+        same = same.to(self.device)
+        losses = [contrastive_loss(scores.float(), same) for scores in (whole, fine)]
+        loss = self.epochs.descend(sum(losses) / 2)
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
         return loss

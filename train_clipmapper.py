@@ -117,6 +117,10 @@ class Captions:
     def __len__(self):
         return len(self.dataset)
 
+    def order(self, generator):
+        """All images in random order: long (N,)."""
+        return torch.randperm(len(self), generator=generator)
+
     def batch(self, chosen, generator):
         """Of these images the numbers, the inputs and the targets (B, K) of a caption each.
 
@@ -157,6 +161,12 @@ class Questions:
     def __len__(self):
         return len(self.questions)
 
+    def order(self, generator):
+        """The images in random order, each with all of its questions: long (N,)."""
+        images = torch.tensor(self.images)
+        rank = torch.randperm(int(images.max()) + 1, generator=generator)
+        return rank[images].argsort(stable=True)
+
     def batch(self, chosen, generator=None):
         """Of these questions the images' numbers, the token ids (B, K), the answers' (B,)."""
         asked = [self.questions[number] for number in chosen]
@@ -174,9 +184,11 @@ class Questions:
         for start in range(0, len(self), 500):
             chosen = range(start, min(start + 500, len(self)))
             images, ids, targets = self.batch(chosen)
-            part = tokens[images].to(captioner.device).float()
+            part, owner = tokens_and_owner(tokens, images, captioner.device)
+            ids = ids.to(captioner.device)
+            model = captioner.model
             with torch.no_grad():
-                logits = captioner.model(part, ids.to(captioner.device))
+                logits = model.read(part, model.text_tokens(ids), model.seen(ids), owner)
             best = logits.argmax(dim=-1).cpu()
             for number, hit in zip(chosen, (best == targets).tolist()):
                 right.setdefault(self.questions[number].kind, []).append(hit)
@@ -214,22 +226,22 @@ class Training:
         """One pass over the training examples; returns the mean loss in nats."""
         examples = self.examples["train"]
         generator = self.epochs.generator()
-        order = torch.randperm(len(examples), generator=generator)
         losses = []
         self.model.train()
+        order = examples.order(generator)
         for batch in tqdm(order.split(self.settings["batch_size"]), leave=False, unit="step"):
             losses.append(self.train_step(*examples.batch(batch.tolist(), generator)))
         return float(torch.stack(losses).mean())
 
     def train_step(self, images, ids, targets):
         """One step; returns the loss."""
-        tokens = self.tokens["train"][images].to(self.device).float()
+        tokens, owner = tokens_and_owner(self.tokens["train"], images, self.device)
         ids = ids.to(self.device)
         targets = targets.to(self.device)
         with self.epochs.autocast():
             with torch.no_grad():
                 words = self.model.text_tokens(ids)
-            logits = self.model.read(tokens, words.float(), self.model.seen(ids))
+            logits = self.model.read(tokens, words.float(), self.model.seen(ids), owner)
         loss = cross_entropy(
             logits.float().flatten(0, -2),
             targets.flatten(),
@@ -241,6 +253,17 @@ class Training:
         """The figures of a split."""
         self.model.eval()
         return self.examples[split].measured(self.captioner, self.tokens[split])
+
+
+def tokens_and_owner(tokens, images, device):
+    """The tokens of images, each once, and which row each place has: None if all are different.
+
+    tokens (N, n, D) of all images; images: B numbers.
+    """
+    known, owner = torch.tensor(images).unique(return_inverse=True)
+    if len(known) == len(images):
+        return tokens[images].to(device).float(), None
+    return tokens[known].to(device).float(), owner.to(device)
 
 
 def tokens_of(clip, model, folder, splits, blind, device):

@@ -129,6 +129,17 @@ def test_the_recorder_sees_each_block(case):
         assert relative_difference(block.seen.total[0], truth.total) < 1e-9
 
 
+def test_several_questions_about_an_image_share_its_layers(captioners, images):
+    captioner = captioners["vqa"]
+    model = captioner.model
+    tokens = model.image_tokens(captioner.pixels_of(images))
+    ids = captioner.question_ids([QUESTION, "a doggy", "what colour is the ball ?"])
+    owner = torch.tensor([1, 0, 1])
+    words = model.text_tokens(ids)
+    shared = model.read(tokens, words, model.seen(ids), owner)
+    assert relative_difference(shared, model(tokens[owner], ids)) < 1e-9
+
+
 def test_padding_is_no_part_of_a_question(captioners, images):
     captioner = captioners["vqa"]
     model = captioner.model
@@ -307,7 +318,7 @@ def test_attnlrp_conserves_relevance_but_for_what_softmax_absorbs(folders):
         for leaf, slope in zip(leaves, torch.autograd.grad(score, leaves)):
             relevance.append((leaf.clamp(min=-1e9) * slope).sum().item())
         count = len(watched.before)
-        assert count == (9 if task == "caption" else 11)
+        assert count == (9 if task == "caption" else 10)
         absorbed = sum(relevance[3 + count :]) - sum(relevance[3 : 3 + count])
         assert sum(relevance[:3]) + absorbed == pytest.approx(score.item(), rel=1e-6)
 
@@ -337,7 +348,8 @@ def test_every_method_explains_captions_and_answers(method, captioners, images):
     assert not one.image_relevance[:6].any() and not one.word_relevance[:6].any()
     for explanation in (first, one):
         assert torch.isfinite(explanation.image_relevance).all()
-        assert explanation.image_relevance.abs().sum() > 0
+        # The ReLU of Grad-CAM may leave nothing.
+        assert explanation.image_relevance.any() or method == "attention_gradcam"
 
 
 def test_captions_and_answers_are_the_likeliest(captioners, images):

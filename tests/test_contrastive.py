@@ -19,6 +19,7 @@ from contrastive import (
     load_clip,
     new_clip,
     patches_of_split,
+    similarities,
     similarity,
     word_tokenizer,
 )
@@ -46,6 +47,29 @@ def test_similarities_are_those_that_transformers_computes(clip):
     official = model(input_ids=ids, pixel_values=images).logits_per_image
     ours = similarity(model, image_tokens(model, images), ids)
     torch.testing.assert_close(ours, official)
+
+
+def test_words_look_for_their_patch(clip):
+    model = clip.model
+    images = torch.randn(2, 3, 8, 8)
+    ids = clip.token_ids(tiny_clip.TEXTS)
+    tokens = image_tokens(model, images)
+    whole, fine = similarities(model, tokens, ids)
+    torch.testing.assert_close(whole, similarity(model, tokens, ids))
+    hidden = model.text_model(input_ids=ids).last_hidden_state
+    for i in range(2):
+        for t, text in enumerate(tiny_clip.TEXTS):
+            best = []
+            for k in range(1, 1 + len(text.split())):
+                word = model.text_projection(hidden[t, k])
+                cosines = []
+                for p in range(1, 5):
+                    patch = model.vision_model.post_layernorm(tokens[i, p])
+                    patch = model.visual_projection(patch)
+                    cosines.append(torch.dot(word / word.norm(), patch / patch.norm()))
+                best.append(max(cosines))
+            expected = model.logit_scale.exp() * sum(best) / len(best)
+            torch.testing.assert_close(fine[i, t], expected)
 
 
 def test_an_image_without_patches_is_one_that_never_had_them(clip):
@@ -148,9 +172,10 @@ def test_what_is_no_clip_is_one_line(tmp_path, monkeypatch):
 
 def test_texts_of_scenes_are_captions_and_questions_with_answers(scenes):
     texts = train_clip.texts_of(scenes, "train")
-    question = read_questions(scenes, "train")[0]
     assert len(texts) == 8
-    assert any(f"{question.text} {question.answer}" in known for known in texts)
+    for question in read_questions(scenes, "train"):
+        told = any(f"{question.text} {question.answer}" in known for known in texts)
+        assert told == (question.answer != "no")
 
 
 def test_training_writes_a_clip_and_learns(scenes, tmp_path, monkeypatch, capsys):

@@ -61,6 +61,16 @@ def test_a_caption_is_said_word_by_word(scenes, clip_folder):
         assert ids[row, 1 : len(said)].tolist() == said[:-1]
 
 
+def test_an_epoch_asks_every_question_once_image_by_image(scenes, clip_folder):
+    examples = Questions(scenes, "train", load_clip(clip_folder))
+    order = examples.order(torch.Generator().manual_seed(0)).tolist()
+    assert sorted(order) == list(range(len(examples)))
+    images = [examples.images[number] for number in order]
+    changes = sum(one != other for one, other in zip(images, images[1:]))
+    assert changes == len(set(images)) - 1
+    assert images != sorted(images)
+
+
 def test_an_answer_that_cannot_be_given_is_no_target(scenes, clip_folder):
     examples = Questions(scenes, "train", load_clip(clip_folder))
     examples.answers = ("no", "yes")
