@@ -194,14 +194,13 @@ def _relevancy(forward, gradients, positions, weigh):
         cam = average_heads(block.seen.weights, attention).to(forward.logits)
         steps.append((block.kind, cam, weigh(block.seen, slope)))
     if any(kind == "joint" for kind, *_ in steps):
-        matrix = _relevancy_of_one_sequence(steps, forward)
-    else:
-        matrix = _relevancy_of_two(steps, forward)
-    return _rows(matrix, forward, positions)
+        return _rows(*_relevancy_of_one_sequence(steps, forward), forward, positions)
+    return _rows(*_relevancy_of_two(steps, forward), forward, positions)
 
 
 def _relevancy_of_two(steps, forward):
-    """The relevancy of image and text as two modalities, to the text: (P, 1, M, n + M)."""
+    """The relevancy of image and text as two modalities, to the text: (P, 1, M, n + M), and what
+    residual connections alone have left of each token in itself: (P, 1, M)."""
     first = steps[0][1]
     image = Relevancy.start(forward.image_tokens, forward.text_tokens, first)
     text = Relevancy.start(forward.text_tokens, forward.image_tokens, first)
@@ -219,11 +218,11 @@ def _relevancy_of_two(steps, forward):
             text = text.cross_attention(cam, image, weights)
         else:
             image = image.cross_attention(cam, before, weights)
-    return torch.cat([text.other, text.own], dim=-1)
+    return torch.cat([text.other, text.own], dim=-1), text.kept
 
 
 def _relevancy_of_one_sequence(steps, forward):
-    """The relevancy of image and text as one sequence, to the text: (P, 1, M, n + M).
+    """As `_relevancy_of_two`, of image and text as one sequence.
 
     What attends within the image only leaves the text as it is.
     """
@@ -234,7 +233,8 @@ def _relevancy_of_one_sequence(steps, forward):
             cam = F.pad(cam, (0, text, 0, text))
             weights = _padded(weights, 0, text)
         state = state.self_attention(cam, weights)
-    return state.own[..., forward.image_tokens :, :]
+    first = forward.image_tokens
+    return state.own[..., first:, :], state.kept[..., first:]
 
 
 def _padded(weights, before, after):
@@ -247,15 +247,19 @@ def _padded(weights, before, after):
     return Weights(*padded)
 
 
-def _rows(matrix, forward, positions):
+def _rows(matrix, kept, forward, positions):
     """What of (P, 1, M, n + M) belongs to the explained logits, by the names of a method.
 
-    What a token gives to itself is set to 0.
+    kept: what of a token's relevance to itself came by the residual connections alone, (P, 1, M) or
+    a number. It is taken off. What attention has added stays, for the token from whose state a word
+    is predicted is the word just before.
     """
     chosen = torch.arange(len(positions), device=positions.device)
     own = forward.rows[positions]
     rows = matrix[chosen, 0, own].clone()
-    rows[chosen, forward.image_tokens + own] = 0
+    if isinstance(kept, torch.Tensor):
+        kept = kept.expand(len(positions), 1, -1)[chosen, 0, own]
+    rows[chosen, forward.image_tokens + own] -= kept
     return {
         "tokens": rows[:, : forward.image_tokens],
         "words": rows[:, forward.image_tokens + forward.prefix :],
@@ -293,7 +297,9 @@ def rollout_relevance(captioner, forward, gradients, positions):
         else:
             layers.append(layer)
     matrix = rollout(layers)[..., forward.image_tokens :, :]
-    return _rows(matrix.expand(len(positions), -1, -1, -1), forward, positions)
+    attending = [block.kind in ("words", "text", "cross", "joint") for block in forward.blocks]
+    kept = 0.5 ** sum(attending)  # of an input, each layer's residual connection is half
+    return _rows(matrix.expand(len(positions), -1, -1, -1), kept, forward, positions)
 
 
 def transformer_attribution_relevance(captioner, forward, gradients, positions):
@@ -319,7 +325,7 @@ def transformer_attribution_relevance(captioner, forward, gradients, positions):
         waiting = result
         result = result.expand(*added.shape[:-2], -1, -1).clone()
         result[..., asking, :] += added
-    return _rows(result[..., forward.image_tokens :, :], forward, positions)
+    return _rows(result[..., forward.image_tokens :, :], 1.0, forward, positions)
 
 
 def attention_relevance(captioner, forward, gradients, positions):
@@ -363,9 +369,8 @@ def _last_layer(forward, value_of, positions):
     others = of_image.shape[2] - forward.text_tokens  # image tokens of one sequence
     tokens = of_image[chosen, 0, others + own, : forward.image_tokens]
     of_text = value_of(forward.last("text", "joint")).to(forward.logits)
-    words = of_text[chosen, 0, others + own, others:].clone()
-    words[chosen, own] = 0
-    return {"tokens": tokens, "words": words[:, forward.prefix :]}
+    words = of_text[chosen, 0, others + own, others + forward.prefix :]
+    return {"tokens": tokens, "words": words}
 
 
 def occlusion(captioner, forward, gradients, positions):

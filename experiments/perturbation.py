@@ -13,6 +13,7 @@ What is tested is a subject of perturbed.py. It has
     measures                 {side: what is measured}, of the sides whose tokens are removed
     __len__, image_of(item)  items, and the number of an item's image
     explained(item, method)  {side: relevance (L,) of the tokens that can be removed, or None}
+    baselines(item)          {side: {name: relevance (L,)}} that nothing has to be explained for
     measured(item, side, kept)   S values with the tokens kept, long (S, k), rising
     finished(records)        values in place of what only all items together tell, such as CIDEr
 """
@@ -79,6 +80,9 @@ def examined(subject, item, methods, seed):
         for side, relevance in subject.explained(item, method).items():
             if relevance is not None and len(relevance):
                 relevances[side][method] = relevance
+    for side, found in subject.baselines(item).items():
+        if relevances[side]:
+            relevances[side] |= found
     generator = torch.Generator().manual_seed(seed * 1_000_003 + item)
     record = {"index": item, "image": subject.image_of(item), "curves": {}}
     for side, of_side in relevances.items():

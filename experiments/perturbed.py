@@ -24,12 +24,22 @@ QUESTION = "question"
 WORDS = "words"
 CAPTION = "image, of the caption"  # the image's tokens by what they are for all words together
 LONGEST_CAPTION = 20  # words
+CENTRE = "centre"
+LAST = "last words"
 
 
 def normalised_sum(relevance):
     """What the patches are for a caption: of each word's relevance (T, L) an equal part, (L,)."""
     sizes = relevance.abs().sum(dim=1, keepdim=True).clamp(min=torch.finfo(relevance.dtype).tiny)
     return (relevance / sizes).sum(dim=0)
+
+
+def nearness_to_the_centre(grid):
+    """A baseline of images: of h * w patches the negative distance to the middle, (L,)."""
+    height, width = grid
+    down = (torch.arange(height) + 0.5) / height - 0.5
+    across = (torch.arange(width) + 0.5) / width - 0.5
+    return -(down[:, None] ** 2 + across**2).sqrt().flatten()
 
 
 def some_of_each(groups, count, rng):
@@ -101,6 +111,10 @@ class Answers:
         patches = self.captioner.patch_relevance(found)[0]
         return {IMAGE: patches.cpu(), QUESTION: found["words"][0, 1:-1].cpu()}
 
+    def baselines(self, item):
+        """See perturbation.py."""
+        return {IMAGE: {CENTRE: nearness_to_the_centre(self.captioner.encoder.grid)}}
+
     @torch.no_grad()
     def measured(self, item, side, kept):
         """1 where the answer is right, else 0."""
@@ -165,6 +179,12 @@ class Sentences:
             before = words[position, 1 : position + 1]
             found[WORDS] = before if before.any() else None
         return found
+
+    def baselines(self, item):
+        """See perturbation.py. The later a preceding word, the more it may matter."""
+        centre = {CENTRE: nearness_to_the_centre(self.captioner.encoder.grid)}
+        last = {LAST: torch.arange(float(self.positions[item] or 0))}
+        return {IMAGE: centre, CAPTION: centre, WORDS: last}
 
     def measured(self, item, side, kept):
         """The word's probability; of a caption the words that are said, see `finished`."""

@@ -155,6 +155,8 @@ def padded(cam, before):
 def relevancy(steps, image_tokens, text_tokens, prefix):
     """What is relevant to each text token: of the image (M, n), of the text (M, M).
 
+    What residual connections alone leave of a token in itself is taken off.
+
     steps: (kind, averaged attention (S, Q), before (S,), after (S,)) in order.
     """
     image = [np.eye(image_tokens), np.zeros((image_tokens, text_tokens)), np.ones(image_tokens)]
@@ -181,14 +183,14 @@ def relevancy(steps, image_tokens, text_tokens, prefix):
                 text = [attending, other, own[2] * before]
             else:
                 image = [attending, other, own[2] * before]
-    return text[1], text[0]
+    return text[1], text[0] - np.diag(text[2])
 
 
 def one_sequence(steps, image_tokens, text_tokens, prefix, combine):
-    """Attention of image and text as one sequence: what is relevant to each text token.
+    """As `relevancy`, of image and text as one sequence.
 
-    steps: (kind, attention (S, Q)); combine: (attention, what is relevant to those attended to) ->
-    what the attending tokens have afterwards, as a function of their own rows.
+    steps: (kind, attention (S, Q)); combine: (a token's row, its attention, the rows of those that
+    are attended to) -> its new row.
     """
     length = image_tokens + text_tokens
     image = list(range(image_tokens))
@@ -202,15 +204,20 @@ def one_sequence(steps, image_tokens, text_tokens, prefix, combine):
     }
     result = np.eye(length)
     earlier = result
+    kept = np.ones(length)
+    nothing = np.zeros(length)
     for kind, attention in steps:
         asking, asked = ends[kind]
         source = earlier if kind == "mutual" else result
         new = result.copy()
         for i, row in enumerate(asking):
             new[row] = combine(result[row], attention[i], source[asked])
+            alone = np.eye(length)[row] * kept[row]
+            kept[row] = combine(alone, attention[i], np.tile(nothing, (len(asked), 1)))[row]
         if kind == "cross":
             earlier = result
         result = new
+    result = result - np.diag(kept)
     return result[image_tokens:, :image_tokens], result[image_tokens:, image_tokens:]
 
 

@@ -1,6 +1,7 @@
 """Perturbation tests: orders, curves and areas against slow ones, and what is removed."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -27,6 +28,7 @@ from experiments.perturbed import (
     ClipMapperSentences,
     LstmSentences,
     cider_of_each,
+    nearness_to_the_centre,
     normalised_sum,
     some_of_each,
 )
@@ -137,6 +139,9 @@ class Known:
             return {"image": -truth, "text": None}
         return {"image": found[method], "text": found[method] if item else None}
 
+    def baselines(self, item):
+        return {"image": {"constant": torch.zeros(10)}}
+
     def measured(self, item, side, kept):
         truth = self.relevance[item]
         return [(truth[row].sum() / truth.sum()).item() for row in kept]
@@ -160,6 +165,7 @@ def test_the_table_tells_which_explanation_is_right(tmp_path):
     assert right["gap"] == pytest.approx(right["negative"] - right["positive"])
     assert rows["image", "opposite"]["gap"] == pytest.approx(-right["gap"])
     assert abs(rows["image", "random"]["gap"]) < 0.1
+    assert abs(rows["image", "constant"]["gap"]) < 0.1
     assert right["gap, less that of relevancy low"] > 0
     assert right["gap low"] < right["gap"] < right["gap high"]
     # What is compared in pairs is the mean of the differences.
@@ -209,6 +215,13 @@ def test_questions_are_spread_over_the_images():
     assert chosen == sorted(chosen) and len(set(chosen)) == 5
     assert [sum(number in chosen for number in group) for group in groups] == [2, 1, 2]
     assert some_of_each(groups, 100, random.Random(0)) == list(range(8))
+
+
+def test_the_middle_is_nearest_to_the_centre():
+    relevance = nearness_to_the_centre((3, 5)).reshape(3, 5)
+    assert relevance.argmax() == 7
+    assert relevance[1, 2] == 0
+    assert relevance[0, 0] == pytest.approx(-math.hypot(1 / 3, 2 / 5))
 
 
 def test_every_word_counts_alike_for_a_caption():
@@ -295,6 +308,7 @@ def test_cider_is_that_of_what_is_said_then(sentences, tmp_path):
                 assert curve[0] == pytest.approx(truth[record["index"]])
                 assert all(isinstance(value, float) for value in curve)
         assert set(record["curves"]) == {IMAGE, WORDS, CAPTION}
+        assert "last words" in record["curves"][WORDS]
         assert 0 <= record["curves"][IMAGE]["random"]["positive"][3] <= 1
 
 
@@ -346,7 +360,8 @@ def test_the_command_writes_a_table(folders, scenes, tmp_path, monkeypatch, caps
     assert report["items"] == 5
     found = {(row["removed"], row["method"]) for row in report["table"]}
     methods = ("relevancy", "weighted_relevancy", "random")
-    assert found == {(side, method) for side in (IMAGE, QUESTION) for method in methods}
+    expected = {(side, method) for side in (IMAGE, QUESTION) for method in methods}
+    assert found == expected | {(IMAGE, "centre")}
     all_areas = json.loads((tmp_path / "vqa-test-areas.json").read_text())
     assert len(all_areas[IMAGE]["random"]["images"]) == 5
     assert len(report["curves"][QUESTION]["relevancy"]["negative"]) == len(SHARES)

@@ -190,7 +190,8 @@ def with_weights(weights, tokens):
 
 
 def oracle_relevancy(name, blocks):
-    """The relevancy of image and text to the inputs: (K, n), (K, K).
+    """The relevancy of image and text to the inputs, but for what residual connections alone leave
+    of a token in itself: (K, n), (K, K).
 
     blocks: (averaged attention, weights or None) in the order in which they run.
     """
@@ -198,11 +199,15 @@ def oracle_relevancy(name, blocks):
     if name == "git":
         length = TOKENS + count
         whole = np.eye(length)
+        kept = np.ones(length)
         nothing = np.zeros((length, 0))
         for cam, weights in blocks:
             padded = np.zeros((length, length))
             padded[: len(cam), : len(cam)] = cam
-            whole, _ = oracle.self_attention(whole, nothing, padded, *with_weights(weights, length))
+            weights = with_weights(weights, length)
+            whole, _ = oracle.self_attention(whole, nothing, padded, *weights)
+            kept = kept * weights[0]
+        whole = whole - np.diag(kept)
         return whole[TOKENS:, :TOKENS], whole[TOKENS:, TOKENS:]
     image = np.eye(TOKENS)
     kept_image = np.ones(TOKENS)
@@ -223,7 +228,7 @@ def oracle_relevancy(name, blocks):
                 text, other, image, none, cam, *weights, kept, kept_image
             )
         kept = kept * weights[0]
-    return other, text
+    return other, text - np.diag(kept)
 
 
 def assert_relevancy(name, ours, tokens, words, tolerance):
@@ -237,10 +242,8 @@ def assert_relevancy(name, ours, tokens, words, tolerance):
 
 
 def row_of(tokens, words, position):
-    """What is relevant to a position, which is not relevant to itself."""
-    words = words[position].copy()
-    words[position] = 0
-    return torch.from_numpy(tokens[position]), torch.from_numpy(words)
+    """What is relevant to a position."""
+    return torch.from_numpy(tokens[position]), torch.from_numpy(words[position])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -329,7 +332,7 @@ def test_rollout_gives_shares_that_do_not_depend_on_what_follows(name, captioner
     (shorter,) = captioner.explain(images[:1], [CAPTIONS[name][:2]], "rollout")
     assert_same(longer.region_relevance[:2], shorter.region_relevance)
     assert_same(longer.word_relevance[:2, :2], shorter.word_relevance)
-    # Of the first word, all that is not the image's is the start's own, which is set to 0.
+    # Of the first word, all that is not the image's is the start's own.
     assert (longer.region_relevance[0] > 0).all()
     assert longer.region_relevance[0].sum() < 1
 
@@ -362,9 +365,8 @@ def test_attention_is_that_of_the_last_layer(name, captioners, images):
     assert ours.attention.shape == (len(CAPTIONS[name]), 3, PATCHES)
     single = torch.tensor(OWNERS[name]).bincount() == 1
     assert_same(ours.region_relevance[single], ours.attention.mean(1)[single])
-    # A word attends to the start and to the words before it; its own input does not count.
-    assert not ours.word_relevance[0].any()
-    assert (ours.word_relevance[1] > 0).tolist() == [True, True] + [False] * (len(single) - 2)
+    # A word attends to the start and to the words before it.
+    assert torch.equal(ours.word_relevance > 0, torch.ones_like(ours.word_relevance).tril() > 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
