@@ -58,6 +58,7 @@ class ClipMapperConfig:
     layers, heads    of the mapper
     prefix    P, learned tokens before the text
     dropout   of what attention and MLPs add to the tokens
+    places    whether the mapper is told again where each patch is
     """
 
     task: str = "caption"
@@ -67,6 +68,7 @@ class ClipMapperConfig:
     heads: int = 8
     prefix: int = 10
     dropout: float = 0.1
+    places: bool = False
 
 
 class Attention(nn.Module):
@@ -188,6 +190,10 @@ class ClipMapper(nn.Module):
         outputs = len(config.answers) or sizes.text_config.vocab_size
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
         self.end = sizes.text_config.eos_token_id
+        vision = sizes.vision_config
+        side = vision.image_size // vision.patch_size
+        code = place_code(side, vision.hidden_size) if config.places else None
+        self.register_buffer("places", code, persistent=False)
 
     @property
     def device(self):
@@ -214,8 +220,19 @@ class ClipMapper(nn.Module):
         return [parameter for name, parameter in named if not name.startswith(frozen)]
 
     def image_tokens(self, maps, kept=None):
-        """Stage one of images: what `contrastive.patches` returns -> (B, n, D); kept: as there."""
-        return image_tokens(self.clip, maps, kept)
+        """Stage one of images: what `contrastive.patches` returns -> (B, n, D); kept: as there.
+
+        If the mapper is told places, they are added: a CLIP that has learnt of the class token
+        alone need not have kept them.
+        """
+        tokens = image_tokens(self.clip, maps, kept)
+        if self.places is None:
+            return tokens
+        places = self.places.to(tokens).expand(len(tokens), -1, -1)
+        if kept is not None:
+            rows = torch.arange(len(kept), device=kept.device).unsqueeze(1)
+            places = places[rows, kept]
+        return tokens + F.pad(places, (0, 0, 1, 0))
 
     def text_tokens(self, ids):
         """Stage one of texts: token ids (B, K) -> (B, K, E). It sees no later token."""
@@ -298,6 +315,22 @@ class ClipMapper(nn.Module):
 def _entrance(channels, width):
     """From stage one's tokens to the mapper's."""
     return nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
+
+
+def place_code(side, channels):
+    """Sines and cosines that tell the row and the column of each of side * side patches: (L, D).
+
+    Half of the channels are of the row, half of the column, each with periods from one to eight
+    sides; as of Vaswani et al. (2017), of a picture.
+    """
+    pairs = channels // 4
+    periods = 8 ** (torch.arange(pairs) / max(1, pairs - 1))
+    angles = 2 * torch.pi * (torch.arange(side)[:, None] + 0.5) / side / periods  # (side, pairs)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = waves[:, None].expand(-1, side, -1)
+    columns = waves[None].expand(side, -1, -1)
+    code = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return F.pad(code, (0, channels - code.shape[1]))
 
 
 # --------------------------------------------------------------------------------- saving, loading

@@ -85,11 +85,12 @@ FLAGS = [
         metavar="FOLDER",
         shown="random weights",
     ),
+    Flag("places", "tell the mapper again where each patch is", False, switch=True),
     Flag("blind", "take the image away", False, switch=True),
     Flag("model_type", "as train.py has it", "clipmapper", choices=("clipmapper",)),
 ]
 REPEATED = ("task", "epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "width")
-REPEATED += ("layers", "heads", "prefix", "dropout", "start", "blind", "seed")
+REPEATED += ("layers", "heads", "prefix", "dropout", "places", "start", "blind", "seed")
 
 
 def parse_arguments(arguments=None):
@@ -290,7 +291,7 @@ def train_clipmapper(args, folder, output, device):
         answers = tuple(answers_of(examples["train"].questions))
         for part in examples.values():
             part.answers = answers
-    sizes = (args.width, args.layers, args.heads, args.prefix, args.dropout)
+    sizes = (args.width, args.layers, args.heads, args.prefix, args.dropout, args.places)
     model = ClipMapper(ClipMapperConfig(args.task, answers, *sizes), clip).to(device)
     if args.start:
         load_tensors(model, Path(args.start) / "model.safetensors")

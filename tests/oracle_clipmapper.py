@@ -105,6 +105,21 @@ def entrance(layers, tokens):
     return linear(layer_norm(norm, tokens))
 
 
+def place_of_each(side, channels):
+    """The code of the class token, which has none, and of side * side patches."""
+    code = torch.zeros(1 + side * side, channels)
+    pairs = channels // 4
+    for row in range(side):
+        for column in range(side):
+            for pair in range(pairs):
+                period = 8 ** (pair / max(1, pairs - 1))
+                for first, place in ((0, row), (2 * pairs, column)):
+                    angle = 2 * math.pi * (place + 0.5) / side / period
+                    code[1 + row * side + column, first + pair] = math.sin(angle)
+                    code[1 + row * side + column, first + pairs + pair] = math.cos(angle)
+    return code
+
+
 def forward(model, pixels, ids):
     """Pixels (3, 8, 8) and token ids (K,) without padding -> the logits, and all Seen in order.
 
@@ -114,6 +129,8 @@ def forward(model, pixels, ids):
     vision = model.clip.vision_model
     image = vision.pre_layrnorm(vision.embeddings(pixels[None]))[0]
     image, blocks = clip_layers(vision.encoder, image, "image", everything)
+    if model.config.places:
+        image = image + place_of_each(2, image.shape[1])
     text = model.clip.text_model
     words = text.embeddings(input_ids=ids[None])[0].detach().requires_grad_()
     words, more = clip_layers(text.encoder, words, "words", lambda s, q: q <= s)

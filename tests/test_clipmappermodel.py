@@ -18,6 +18,7 @@ import explain as explain_script
 from captioner import load_captioner
 from clipmappermodel import TASKS, is_clipmapper, load_clipmapper
 from commandline import UserError
+from contrastive import image_tokens
 from lrp_utils import TransformerLRP, attention_in_steps
 from pretrainedmodel import METHODS
 from relevancy_utils import AttentionRecorder
@@ -136,6 +137,18 @@ def test_several_questions_about_an_image_share_its_layers(captioners, images):
     words = model.text_tokens(ids)
     shared = model.read(tokens, words, model.seen(ids), owner)
     assert relative_difference(shared, model(tokens[owner], ids)) < 1e-9
+
+
+def test_a_patch_keeps_its_place_when_others_go(captioners, images):
+    captioner = captioners["vqa"]
+    maps = captioner.pixels_of(images)
+    kept = torch.tensor([[1, 3], [0, 2]])
+    model = captioner.model
+    without = image_tokens(model.clip, maps, kept)
+    code = oracle.place_of_each(2, 12)
+    for row, left in enumerate(kept.tolist()):
+        expected = without[row] + code[[0, *[1 + place for place in left]]]
+        assert relative_difference(model.image_tokens(maps, kept)[row], expected) < 1e-6
 
 
 def test_padding_is_no_part_of_a_question(captioners, images):

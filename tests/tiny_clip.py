@@ -63,7 +63,9 @@ def save_mapper(task, clip_folder, folder, answers=ANSWERS):
     clip = load_clip(clip_folder)
     torch.manual_seed(1)
     answers = answers if task == "vqa" else ()
-    config = ClipMapperConfig(task, answers, width=12, layers=3, heads=3, prefix=2, dropout=0.1)
+    config = ClipMapperConfig(
+        task, answers, width=12, layers=3, heads=3, prefix=2, dropout=0.1, places=task == "vqa"
+    )
     model = ClipMapper(config, clip)
     for name, part in model.named_children():
         if name not in ("clip", "stem"):
