@@ -3,6 +3,7 @@
     python perturbation.py --checkpoint checkpoints/clipmapper-scenes-vqa --dataset scenes
     python perturbation.py --checkpoint checkpoints/clipmapper-flickr8k --dataset flickr8k-dev
     python perturbation.py --checkpoint checkpoints/flickr8k.pt --dataset flickr8k-dev
+    torchrun --nproc_per_node=4 perturbation.py ...         # 4 processes share the items
 
 Of a CLIPmapper that answers questions the right answers are counted; of captioners the probability
 of a word is told, and CIDEr. The table says for each method the area under the curve while the most
@@ -22,7 +23,6 @@ from commandline import (
     add_common_flags,
     add_flags,
     check_limits,
-    choose_device,
     provenance,
     require_writable,
     run,
@@ -33,6 +33,7 @@ from lateimports import after_parsing, import_what_waits
 from prepared import dataset_folder, read_info
 
 with after_parsing(globals()):
+    import distributed
     from basemodel import Captioner
     from captioner import load_captioner
     from clipmappermodel import ClipMapperCaptioner
@@ -123,27 +124,35 @@ def main(arguments=None):
     info = read_info(folder)
     if args.split not in info["splits"]:
         raise UserError(f"{folder} has no split '{args.split}', but {', '.join(info['splits'])}")
-    captioner = load_captioner(args.checkpoint, choose_device(args.device))
+    device = distributed.own_device(args.device)
+    captioner = load_captioner(args.checkpoint, device)
     methods = args.methods or default_methods(captioner)
     for name in methods:
         method_for(captioner, name)
-    stem = f"{Path(args.checkpoint).stem}-{args.split}"
-    output = args.output / f"{stem}.json"
+    output = args.output / f"{Path(args.checkpoint).stem}-{args.split}.json"
     require_writable(output)
     subject = subject_of(captioner, folder, args.split, args.items, args.seed)
     header = {"methods": methods, "items": len(subject), "seed": args.seed, "split": args.split}
     header |= {"checkpoint": args.checkpoint, "dataset": folder.name}
-    records = perturbation.examine(
-        subject, methods, output.with_suffix(".jsonl"), header, args.seed
-    )
+    with distributed.job(device):
+        kept = output.with_suffix(".jsonl")
+        records = perturbation.examine(subject, methods, kept, header, args.seed)
+    if distributed.is_main():
+        report(records, subject, {**provenance(args.seed), **header}, output)
+
+
+def report(records, subject, about, output):
+    """Print the table of records, and write it, the curves, the areas and the figure.
+
+    about: what the file says of where they come from; output: the .json file.
+    """
     rows = perturbation.table(records, subject)
     print(markdown_table(intervals_joined(rows)))
-    report = {**provenance(args.seed), **header, "images": subject.images, "table": rows}
-    report["shares"] = perturbation.SHARES
-    report["curves"] = perturbation.mean_curves(records)
-    write_json(output, report)
+    found = {**about, "images": subject.images, "table": rows, "shares": perturbation.SHARES}
+    found["curves"] = perturbation.mean_curves(records)
+    write_json(output, found)
     areas = perturbation.areas_of_all(records)
-    write_json(args.output / f"{stem}-areas.json", areas, indent=None)
+    write_json(output.with_name(f"{output.stem}-areas.json"), areas, indent=None)
     figure = save_figure(gaps_figure(rows), output.with_suffix(".png"))
     print(f"written to {output}, the gaps drawn in {figure}")
 

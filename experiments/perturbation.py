@@ -23,6 +23,7 @@ from functools import partial
 import numpy as np
 import torch
 
+import distributed
 from experiments.records import resumed_records
 from experiments.statistics import draw_images, mean_with_interval
 
@@ -110,11 +111,12 @@ def curves_of_side(relevances, measured, generator):
 def examine(subject, methods, path, header, seed=0):
     """The records of all items of a subject; those that the .jsonl `path` keeps are not made again.
 
-    header: what they depend on. UserError as of `resumed_records`.
+    Several processes share the items. header: what the records depend on. UserError as of
+    `resumed_records`.
     """
 
     def find(missing):
-        for item in missing:
+        for item in distributed.shared(missing):
             yield [examined(subject, item, methods, seed)]
 
     records = resumed_records(len(subject), path, header, find, "perturbing")

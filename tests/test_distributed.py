@@ -131,6 +131,18 @@ def test_two_processes_explain_as_one_does(folder, tmp_path):
             assert np.array_equal(one[name], two[name])
 
 
+def test_two_processes_perturb_as_one_does(folder, tmp_path):
+    checkpoint = tmp_path / "it.pt"
+    speaker(folder).save(checkpoint)
+    tables = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        flags = ["--checkpoint", checkpoint, "--dataset", folder, "--items", 5, "--device", "cpu"]
+        run(processes, "perturbation.py", *flags, "--methods", "lrp", "--output", output)
+        tables.append(json.loads((output / "it-test.json").read_text())["table"])
+    assert tables[0] == tables[1]
+
+
 def test_a_restarted_job_goes_on_where_it_was(folder, tmp_path):
     """torchrun starts all processes again with the same command; the second run stands for that."""
     output = tmp_path / "it.pt"
