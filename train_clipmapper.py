@@ -269,15 +269,19 @@ def tokens_and_owner(tokens, images, device):
 
 def tokens_of(clip, model, folder, splits, blind, device):
     """Stage one's image tokens of each split, (N, n, D) in half precision; zeros if blind."""
+    vision = clip.model.config.vision_config
+    shape = (1 + (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
     tokens = {}
     for split in splits:
+        if blind:
+            count = len(CaptionDataset(folder, split))
+            tokens[split] = torch.zeros(count, *shape, dtype=torch.float16)
+            continue
         parts = []
         for maps in patches_of_split(clip, folder, split, device):
             with torch.inference_mode():
                 parts.append(model.image_tokens(maps).half().cpu())
         tokens[split] = torch.cat(parts).clone()
-        if blind:
-            tokens[split].zero_()
     return tokens
 
 

@@ -200,29 +200,55 @@ class Sentences:
 
     def finished(self, records):
         """CIDEr in place of the captions: the document frequencies are those of these images."""
-        references = {}
-        for number, entry in enumerate(self.entries):
-            references[number] = entry["captions"]
         having = [record for record in records if CAPTION in record["curves"]]
-        first = having[0]["curves"][CAPTION] if having else {}
-        for method in first:
-            for order in first[method]:
-                for place in range(len(first[method][order])):
-                    curves = [record["curves"][CAPTION][method][order] for record in having]
-                    said = dict.fromkeys(references, "")
-                    for record, curve in zip(having, curves):
-                        said[record["index"]] = curve[place]
-                    scores = cider_of_each(said, references)
-                    for record, curve in zip(having, curves):
-                        curve[place] = scores[record["index"]]
+        of_item = {record["index"]: record["curves"][CAPTION] for record in having}
+        references = {number: entry["captions"] for number, entry in enumerate(self.entries)}
+        cider = CiderOfEach(references, {item: said_in(curves) for item, curves in of_item.items()})
+        first = next(iter(of_item.values()), {})
+        for method, orders in first.items():
+            for order, values in orders.items():
+                for place in range(len(values)):
+                    said = {item: curves[method][order][place] for item, curves in of_item.items()}
+                    scores = cider(said)
+                    for item, curves in of_item.items():
+                        curves[method][order][place] = scores[item]
         return records
 
 
-def cider_of_each(said, references):
-    """{number: CIDEr} of captions {number: text}; references: {number: texts}."""
-    tokens = Captions(said, references).tokens
-    _, scores = Cider().compute_score(tokens.references, tokens.predictions)
-    return dict(zip(tokens.predictions, map(float, scores)))
+def said_in(curves):
+    """The different captions in the curves {method: {order: captions}} of an item."""
+    captions = set()
+    for orders in curves.values():
+        for said in orders.values():
+            captions.update(said)
+    return sorted(captions)
+
+
+class CiderOfEach:
+    """CIDEr of the captions of images, one of each, whose tokens are made once.
+
+    references: {number: texts}; captions: {number: all texts that will be asked about}.
+    """
+
+    def __init__(self, references, captions):
+        together = {}
+        for number, texts in references.items():
+            together[number] = [*texts, *captions.get(number, [])]
+        tokens = Captions(dict.fromkeys(references, ""), together).tokens.references
+        self.references = {}
+        self.tokens = {}  # {number: {caption: its tokens}}
+        for number, texts in references.items():
+            self.references[number] = tokens[number][: len(texts)]
+            spoken = tokens[number][len(texts) :]
+            self.tokens[number] = dict(zip(captions.get(number, []), spoken))
+
+    def __call__(self, said):
+        """{number: CIDEr} of captions {number: text}; images without one say nothing."""
+        predictions = {}
+        for number in self.references:
+            predictions[number] = [self.tokens[number][said[number]] if number in said else ""]
+        _, scores = Cider().compute_score(self.references, predictions)
+        return dict(zip(self.references, map(float, scores)))
 
 
 class ClipMapperSentences(Sentences):

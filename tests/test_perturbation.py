@@ -14,6 +14,7 @@ from helpers import random_captioner
 
 import perturbation as perturbation_script
 from captioner import load_captioner
+from captionmetrics import Captions
 from commandline import UserError
 from contrastive import new_clip
 from encoder import build_encoder
@@ -27,12 +28,12 @@ from experiments.perturbed import (
     Answers,
     ClipMapperSentences,
     LstmSentences,
-    cider_of_each,
     nearness_to_the_centre,
     normalised_sum,
     some_of_each,
 )
 from pretrainedmodel import METHODS
+from pycocoevalcap.cider.cider import Cider
 from questions import answers_of, read_questions
 from vocabulary import Vocabulary
 
@@ -300,7 +301,8 @@ def test_cider_is_that_of_what_is_said_then(sentences, tmp_path):
     references = {number: entry["captions"] for number, entry in enumerate(sentences.entries)}
     kept = torch.arange(64)[None]
     said = {number: sentences.measured(number, CAPTION, kept)[0] for number in references}
-    truth = cider_of_each(said, references)
+    tokens = Captions(said, references).tokens
+    _, truth = Cider().compute_score(tokens.references, tokens.predictions)
     assert len(records) == 3
     for record in records:
         for orders in record["curves"][CAPTION].values():
