@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_transformers
 import torch
-from helpers import random_captioner
+from helpers import random_captioner, relative_difference
 from PIL import Image
 from test_captioner import equal_explanations
 
@@ -50,7 +50,8 @@ def test_a_photograph_is_a_file_or_a_pil_image(captioner, files):
             found = captioner.explain(photograph, words, method)
             assert found.words == words
             assert found.photograph.size == Image.open(path).size
-            assert torch.allclose(found.image_relevance, expected.image_relevance, atol=1e-6)
+            # In float32, of which a batch is rounded otherwise on some CPUs (2e-5 was seen).
+            assert relative_difference(found.image_relevance, expected.image_relevance) < 1e-4
     captions = captioner.caption(files)
     assert [captioner.caption(path) for path in files] == captions
     assert captioner.explain(files[0], method=method).words == captions[0]
