@@ -100,6 +100,15 @@ def texts_of(folder, split):
     return texts
 
 
+def are_equal(texts):
+    """Which of some texts are the same text: bool (B, B)."""
+    number_of = {}
+    for text in texts:
+        number_of.setdefault(text, len(number_of))
+    numbers = torch.tensor([number_of[text] for text in texts])
+    return numbers.unsqueeze(1) == numbers
+
+
 class Training:
     """A Clip, and the images and texts of a dataset.
 
@@ -135,14 +144,13 @@ class Training:
         for index in batch.tolist():
             known = self.texts["train"][index]
             texts.append(known[int(torch.randint(len(known), (), generator=generator))])
-        same = torch.tensor([[first == other for other in texts] for first in texts])
+        same = are_equal(texts).to(self.device)
         maps = self.maps["train"][batch.to(self.device)].float()
         kept = self.kept_patches(len(batch), generator)
         with self.epochs.autocast():
             tokens = image_tokens(self.model, maps, kept)
             ids = self.clip.token_ids(texts).to(self.device)
             whole, fine = similarities(self.model, tokens, ids)
-        same = same.to(self.device)
         losses = [contrastive_loss(scores.float(), same) for scores in (whole, fine)]
         loss = self.epochs.descend(sum(losses) / 2)
         with torch.no_grad():
@@ -169,8 +177,7 @@ class Training:
                 scores.append(similarity(self.model, tokens, token_ids))
         scores = torch.cat(scores)
         own = scores.diagonal().unsqueeze(1)
-        same = torch.tensor([[first == other for other in texts] for first in texts])
-        better = (scores > own) & ~same.to(self.device)
+        better = (scores > own) & ~are_equal(texts).to(self.device)
         ranks = better.sum(dim=1)
         return {f"R@{k}": float((ranks < k).float().mean()) for k in RECALLED}
 

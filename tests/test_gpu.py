@@ -132,19 +132,20 @@ def test_every_experiment_finds_the_same(images, monkeypatch):
         setting = Setting(captioner, methods, PHRASES, ["w3", "w8"])
         placed = images.to(captioner.device)
         found.append(examine(placed, [0, 1], [ENTRY, ENTRY], experiments, setting))
-    compare(found[0], found[1])
+    assert len(found[0]) == 2
+    assert_equal_records(found[0], found[1])
 
 
-def compare(truth, found):
+def assert_equal_records(truth, found):
     """That two records are equal, numbers within a millionth of their size."""
     if isinstance(truth, dict):
         assert truth.keys() == found.keys()
         for name in truth:
-            compare(truth[name], found[name])
+            assert_equal_records(truth[name], found[name])
     elif isinstance(truth, (list, tuple)):
         assert len(truth) == len(found)
         for one, other in zip(truth, found):
-            compare(one, other)
+            assert_equal_records(one, other)
     elif isinstance(truth, float):
         assert found == pytest.approx(truth, rel=1e-6, abs=1e-9)
     else:
