@@ -16,6 +16,7 @@ NEIGHBOURS = ((1 / 12, 1 / 6, 1 / 12), (1 / 6, 0, 1 / 6), (1 / 12, 1 / 6, 1 / 12
 NOISE = 0.01  # the standard deviation of what is added to a guess
 RESIDUAL = 3e-4  # of the linear equations, relative; the error stays below the noise
 MOST_STEPS = 1000
+SOLVED_AT_ONCE = {"cpu": 3}  # images; more do not fit a CPU's cache, and take seven times as long
 SMALLEST = 8  # pixels a side of an image that is solved at half its size
 
 
@@ -40,10 +41,20 @@ def linear_fill(image, masks, seed=0):
     """
     missing = masks[:, None].to(image)
     with exact_convolutions():  # TF32 has too few digits to solve equations
-        found = imputed(image * (1 - missing), missing)
+        found = imputed_in_parts(image * (1 - missing), missing)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(image.shape, generator=generator).to(image)
     return found + missing * NOISE * noise
+
+
+def imputed_in_parts(known, missing):
+    """As `imputed`, of images that miss about as much together: they take as many steps."""
+    at_once = SOLVED_AT_ONCE.get(known.device.type, len(known))
+    found = torch.empty_like(known)
+    by_size = missing.sum((1, 2, 3)).argsort(stable=True)
+    for part in by_size.split(at_once):
+        found[part] = imputed(known[part], missing[part])
+    return found
 
 
 def imputed(known, missing):
