@@ -8,9 +8,9 @@
 Of a CLIPmapper that answers questions the right answers are counted; of captioners the probability
 of a word is told, and CIDEr. The table says for each method the area under the curve while the most
 relevant tokens go first (positive: lower is better), while the least relevant go first (negative:
-higher is better), and the gap between them. OUTPUT/NAME.json holds the table and the mean curves,
-NAME-areas.json the areas of each item, and NAME.png shows the gaps; NAME.jsonl lets an interrupted
-run go on. See docs/clipmapper.md.
+higher is better), and the gap between them. OUTPUT/NAME.json holds the table, the differences of
+each pair of methods and the mean curves, NAME-areas.json the areas of each item, and NAME.png shows
+the gaps; NAME.jsonl lets an interrupted run go on. See docs/clipmapper.md.
 """
 
 from pathlib import Path
@@ -149,9 +149,10 @@ def report(records, subject, about, output):
     rows = perturbation.table(records, subject)
     print(markdown_table(intervals_joined(rows)))
     found = {**about, "images": subject.images, "table": rows, "shares": perturbation.SHARES}
+    areas = perturbation.areas_of_all(records)
+    found["pairs"] = perturbation.pairs(areas, subject.images)
     found["curves"] = perturbation.mean_curves(records)
     write_json(output, found)
-    areas = perturbation.areas_of_all(records)
     write_json(output.with_name(f"{output.stem}-areas.json"), areas, indent=None)
     figure = save_figure(gaps_figure(rows), output.with_suffix(".png"))
     print(f"written to {output}, the gaps drawn in {figure}")

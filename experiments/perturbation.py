@@ -19,6 +19,7 @@ What is tested is a subject of perturbed.py. It has
 """
 
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -161,9 +162,9 @@ def table(records, subject):
         for method in methods:
             areas, images = areas_of(records, side, method)
             values = {order: areas[order] for order in ORDERS}
-            values["gap"] = areas["negative"] - areas["positive"]
+            values["gap"] = gaps(areas)
             if method != compared and len(base["negative"]) == len(images):
-                difference = values["gap"] - (base["negative"] - base["positive"])
+                difference = values["gap"] - gaps(base)
                 values[f"gap, less that of {compared}"] = difference
             row = {"removed": side, "measure": measure, "method": method, "items": len(images)}
             for name, each in values.items():
@@ -171,6 +172,32 @@ def table(records, subject):
                 row |= {name: mean, f"{name} low": low, f"{name} high": high}
             rows.append(row)
     return rows
+
+
+def pairs(areas, images):
+    """Rows of each side and pair of methods: the first's gap less the second's, item by item.
+
+    areas: as of `areas_of_all`; images: how many there are. Pairs of methods that are of different
+    items are left out.
+    """
+    counts = draw_images(images, DRAWS)
+    rows = []
+    for side, methods in areas.items():
+        for first, second in combinations(methods, 2):
+            one = methods[first]
+            other = methods[second]
+            if one["images"] != other["images"]:
+                continue
+            difference = gaps(one) - gaps(other)
+            found = mean_with_interval(difference.tolist(), one["images"], counts)
+            row = {"removed": side, "first": first, "second": second}
+            rows.append(row | dict(zip(("difference", "low", "high"), found)))
+    return rows
+
+
+def gaps(areas):
+    """The gaps (N,) of items; areas: {order: N areas}."""
+    return np.array(areas["negative"]) - np.array(areas["positive"])
 
 
 def mean_curves(records):

@@ -16,8 +16,7 @@ import perturbation as perturbation_script
 from captioner import load_captioner
 from captionmetrics import Captions
 from commandline import UserError
-from contrastive import new_clip
-from encoder import build_encoder
+from contrastive import build_stem, new_clip
 from experiments import perturbation
 from experiments.perturbation import ORDERS, SHARES, area, curves_of, kept_after, order_of, table
 from experiments.perturbed import (
@@ -50,7 +49,7 @@ def folders(scenes, tmp_path_factory):
     root = tmp_path_factory.mktemp("clipmapper")
     asked = read_questions(scenes, "train")
     texts = [question.text for question in asked] * 3
-    clip = new_clip(build_encoder("scenes_vgg", "random"), texts, 12, 1, 3, 4)
+    clip = new_clip(build_stem("scenes_vgg", "random"), texts, 12, 1, 3, 4)
     tiny_clip.enliven(clip.model)
     clip.save(root / "clip")
     found = {}
@@ -172,6 +171,20 @@ def test_the_table_tells_which_explanation_is_right(tmp_path):
     # What is compared in pairs is the mean of the differences.
     difference = right["gap"] - rows["image", "relevancy"]["gap"]
     assert right["gap, less that of relevancy"] == pytest.approx(difference)
+    found = perturbation.pairs(perturbation.areas_of_all(records), subject.images)
+    of_pair = {(row["removed"], row["first"], row["second"]): row for row in found}
+    row = of_pair["image", "relevancy", "lrp"]
+    assert row["difference"] == pytest.approx(-difference, abs=1e-4)  # areas are rounded
+    assert row["high"] == pytest.approx(-right["gap, less that of relevancy low"], abs=1e-4)
+    assert len(of_pair) == 5 * 4 // 2 + 3 * 2 // 2
+
+
+def test_methods_of_different_items_are_no_pair():
+    every = {"images": [0, 1], "positive": [0.1, 0.2], "negative": [0.3, 0.5]}
+    some = {"images": [0], "positive": [0.1], "negative": [0.3]}
+    assert perturbation.pairs({"image": {"one": every, "other": some}}, 2) == []
+    (row,) = perturbation.pairs({"image": {"one": every, "other": every}}, 2)
+    assert row["difference"] == 0
 
 
 def test_intervals_draw_images_and_not_items(tmp_path):
