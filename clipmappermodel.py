@@ -33,8 +33,15 @@ from torch import nn
 
 import decoding
 from commandline import UserError, read_json, write_atomically
-from contrastive import Clip, image_tokens, load_tensors, patches, write_weights
-from encoder import Encoder
+from contrastive import (
+    Clip,
+    image_tokens,
+    load_tensors,
+    patches,
+    stem_config,
+    stem_of_config,
+    write_weights,
+)
 from explanation import Explanation, exact_convolutions, method_for
 from pretrainedmodel import (
     DECODINGS,
@@ -347,7 +354,7 @@ def save_clipmapper(folder, model, clip):
         "model_type": MODEL_TYPE,
         **asdict(model.config),
         "clip": clip.model.config.to_dict(),
-        "stem": clip.stem.name if clip.stem else None,
+        **stem_config(clip.stem),
     }
     with write_atomically(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1, default=str))
@@ -374,7 +381,7 @@ def load_clipmapper(path, device="cpu"):
     try:
         sizes = {row.name: found[row.name] for row in fields(ClipMapperConfig)}
         clip_config = transformers.CLIPConfig.from_dict(found["clip"])
-        stem = Encoder(found["stem"]) if found["stem"] else None
+        stem = stem_of_config(found)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, config=clip_config, local_files_only=True
         )

@@ -8,8 +8,8 @@ has seen 400 million pairs, they a few thousand. But they have its form, are sav
 format, and whatever loads them loads CLIP.
 
 A small one has a *stem*: its patches are the regions of one of encoder.py's networks instead of
-pixels, so that a few thousand images are enough (the hybrid of Dosovitskiy et al. 2021). The stem's
-name is in config.json as "stem", its weights are in stem.safetensors.
+pixels, so that a few thousand images are enough (the hybrid of Dosovitskiy et al. 2021). Its name
+and stages are in config.json as "stem" and "stem_stages", its weights are in stem.safetensors.
 
 Shapes: B images, n = 1 + h * w image tokens, of which the first is the class token, K text tokens,
 D channels of an image token, E of a text token.
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from captiondata import CaptionDataset
 from commandline import UserError, write_atomically
-from encoder import Encoder, encoder_spec
+from encoder import Encoder, build_encoder, encoder_spec, require_stage, stages
 from featurecache import features_path
 from images import image_transform, renormalized
 
@@ -40,12 +40,12 @@ class Clip:
     """An image and a text encoder, and what they need.
 
     model      transformers' CLIPModel
-    stem       the Encoder whose regions are the patches; None: the patches are pixels
+    stem       the Stem whose regions are the patches; None: the patches are pixels
     tokenizer, processor    of texts and of images, as transformers has them
     """
 
     model: nn.Module
-    stem: Encoder | None
+    stem: "Stem | None"
     tokenizer: object
     processor: object
 
@@ -71,9 +71,72 @@ class Clip:
         write_weights(folder / "model.safetensors", self.model)
         if self.stem:
             write_weights(folder / STEM_FILE, self.stem)
-        config = self.model.config.to_dict() | {"stem": self.stem.name if self.stem else None}
+        config = self.model.config.to_dict() | stem_config(self.stem)
         with write_atomically(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=1, sort_keys=True, default=str))
+
+
+class Stem(Encoder):
+    """An Encoder whose regions can tell, too, what its first stages were given.
+
+    The last map of a network has forgotten much of what the first ones knew, such as colours. So
+    beside each region stand the mean and the maximum, within it, of what each of `first` was given
+    (hypercolumns, Hariharan et al. 2015).
+
+    name: as `encoder_spec` has it; first: names of stages, as `encoder.stages` lists them.
+    UserError if there is no such stage, or the network is no chain of stages.
+    """
+
+    def __init__(self, name, first=()):
+        super().__init__(name)
+        self.first = tuple(first)
+        self.parts = []  # a list, so that their weights are not listed twice
+        for stage in self.first:
+            require_stage(self, stage)
+        if self.first:
+            self.parts = list(stages(self).items())
+
+    @property
+    def patch_channels(self):
+        """The channels C of `maps`."""
+        size = self.image_size
+        weight = next(self.parameters())
+        with torch.no_grad():
+            return self.maps(weight.new_zeros(1, 3, size, size)).shape[1]
+
+    def maps(self, pixels):
+        """What `own_pixels` returns -> the regions and what stands beside them: (B, C, h, w)."""
+        if not self.first:
+            return as_map(self.regions(pixels), self.grid)
+        beside = []
+        maps = pixels
+        for name, part in self.parts:
+            if name in self.first:
+                beside.append(F.adaptive_avg_pool2d(maps, self.grid))
+                beside.append(F.adaptive_max_pool2d(maps, self.grid))
+            maps = part(maps)
+        return self.scale * torch.cat([maps, *beside], dim=1)
+
+
+def build_stem(name, weights=None, first=()):
+    """The Stem called `name`, in eval mode and frozen, with weights as `build_encoder` has them."""
+    stem = Stem(name, first)
+    stem.load_state_dict(build_encoder(name, weights).state_dict())
+    return stem.eval().requires_grad_(False)
+
+
+def stem_config(stem):
+    """What a configuration has to tell of a Stem, or of None."""
+    if stem is None:
+        return {"stem": None, "stem_stages": []}
+    return {"stem": stem.name, "stem_stages": list(stem.first)}
+
+
+def stem_of_config(config):
+    """The Stem, with random weights, that `stem_config` has told of; None if it was None."""
+    if not config.get("stem"):
+        return None
+    return Stem(config["stem"], config.get("stem_stages", ()))
 
 
 def write_weights(path, module):
@@ -90,11 +153,9 @@ def write_weights(path, module):
 
 def patches(stem, pixels):
     """What CLIP's image encoder takes its patches from: pixels (B, 3, S, S) as the processor
-    normalises them, or with a stem its regions as a map (B, C, h, w).
+    normalises them, or with a stem what its `maps` returns, (B, C, h, w).
     """
-    if stem is None:
-        return pixels
-    return as_map(stem.regions(pixels), stem.grid)
+    return pixels if stem is None else stem.maps(pixels)
 
 
 def as_map(regions, grid):
@@ -187,14 +248,11 @@ def load_clip(path):
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no CLIP can be loaded from {path}: {reason}") from None
-    stem = None
-    if getattr(config, "stem", None):
-        stem = Encoder(config.stem)
-        load_tensors(stem, Path(path) / STEM_FILE)
-    clip = Clip(model.eval().requires_grad_(False), stem, tokenizer, processor)
+    stem = stem_of_config(config.to_dict())
     if stem:
+        load_tensors(stem, Path(path) / STEM_FILE)
         stem.eval().requires_grad_(False)
-    return clip
+    return Clip(model.eval().requires_grad_(False), stem, tokenizer, processor)
 
 
 def load_tensors(module, path):
@@ -210,7 +268,7 @@ def load_tensors(module, path):
 
 
 def new_clip(stem, texts, width, layers, heads, projection):
-    """A small Clip with random weights over a frozen stem, an Encoder.
+    """A small Clip with random weights over a frozen Stem.
 
     texts: of which the vocabulary is made; width, layers, heads: of both of its transformers;
     projection: dimensions in which images and texts are compared.
@@ -233,7 +291,7 @@ def new_clip(stem, texts, width, layers, heads, projection):
     vision = {
         "image_size": stem.grid[0],
         "patch_size": 1,
-        "num_channels": stem.out_channels,
+        "num_channels": stem.patch_channels,
         **sizes,
     }
     config = transformers.CLIPConfig(
@@ -312,7 +370,7 @@ def patches_of_split(clip, folder, split, device, batch_size=64):
 
 def _cached_regions(stem, folder, split):
     """The CaptionDataset of a stem's cached regions, or None."""
-    if stem is None or not features_path(folder, stem.name).exists():
+    if stem is None or stem.first or not features_path(folder, stem.name).exists():
         return None
     dataset = CaptionDataset(folder, split, features=stem.name)
     return dataset if dataset.features_attributes["weights_hash"] == stem.weights_hash() else None

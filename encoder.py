@@ -382,13 +382,8 @@ class CutEncoder:
         self.encoder = encoder
         self.stage = stage
         parts = stages(encoder)
-        names = list(parts)
-        if stage not in names[1:]:
-            raise UserError(
-                f"the encoder {encoder.name} cannot be cut at '{stage}'; choose from "
-                + ", ".join(names[1:])
-            )
-        first = names.index(stage)
+        require_stage(encoder, stage)
+        first = list(parts).index(stage)
         self.before = nn.Sequential(*list(parts.values())[:first])
         self.after = nn.Sequential(*list(parts.values())[first:])
 
@@ -429,6 +424,16 @@ def stages(encoder):
     if not parts or not _is_chain(encoder, parts):
         raise UserError(f"the encoder {encoder.name} is no chain of stages, so it cannot be cut")
     return parts
+
+
+def require_stage(encoder, stage):
+    """Raise a UserError unless an encoder has such a stage, and something before it."""
+    names = list(stages(encoder))[1:]
+    if stage not in names:
+        known = ", ".join(names)
+        raise UserError(
+            f"the encoder {encoder.name} cannot be cut at '{stage}'; choose from {known}"
+        )
 
 
 def _is_chain(encoder, parts):

@@ -37,6 +37,7 @@ with after_parsing(globals()):
 
     from captiondata import CaptionDataset
     from contrastive import (
+        build_stem,
         contrastive_loss,
         image_tokens,
         new_clip,
@@ -44,7 +45,6 @@ with after_parsing(globals()):
         similarities,
         similarity,
     )
-    from encoder import build_encoder
     from epochtraining import Epochs
     from questions import read_questions
 
@@ -60,6 +60,15 @@ FLAGS = [
         metavar="FILE",
         shown="the published ones",
     ),
+    Flag(
+        "stem_stages",
+        "stages of it; what these are given is pooled and stands beside the regions",
+        (),
+        type=str,
+        nargs="*",
+        metavar="STAGE",
+        shown="none",
+    ),
     Flag("output", "the folder", type=Path, metavar="FOLDER", shown="checkpoints/clip-DATASET"),
     Flag("epochs", "passes over the training images", 60, limits=AT_LEAST_1),
     Flag("batch_size", "images in a step", 250, limits=(2, math.inf)),
@@ -72,7 +81,7 @@ FLAGS = [
     Flag("projection", "dimensions in which images and texts are compared", 128, limits=AT_LEAST_1),
 ]
 REPEATED = ("epochs", "batch_size", "lr", "weight_decay", "patch_dropout", "width", "layers")
-REPEATED += ("heads", "projection", "seed", "stem")
+REPEATED += ("heads", "projection", "seed", "stem", "stem_stages")
 
 
 def parse_arguments(arguments=None):
@@ -185,7 +194,7 @@ class Training:
 def train_clip(args, folder, output, device):
     """Train into the folder `output`, or go on with that."""
     texts = {split: texts_of(folder, split) for split in ("train", "val")}
-    stem = build_encoder(args.stem, args.stem_weights).to(device)
+    stem = build_stem(args.stem, args.stem_weights, args.stem_stages).to(device)
     everything = [text for known in texts["train"] for text in known]
     clip = new_clip(stem, everything, args.width, args.layers, args.heads, args.projection)
     maps = {}

@@ -14,6 +14,7 @@ from helpers import relative_difference
 import train_clip
 from commandline import UserError
 from contrastive import (
+    build_stem,
     contrastive_loss,
     image_tokens,
     load_clip,
@@ -23,7 +24,6 @@ from contrastive import (
     similarity,
     word_tokenizer,
 )
-from encoder import build_encoder
 from questions import read_questions
 
 SMALL = ["--width", 8, "--layers", 1, "--heads", 2, "--projection", 4, "--batch_size", 4]
@@ -130,7 +130,7 @@ def test_long_texts_are_cut_and_still_end(clip):
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     torch.manual_seed(0)
-    stem = build_encoder("scenes_vgg", "random")
+    stem = build_stem("scenes_vgg", "random")
     made = new_clip(stem, tiny_clip.TEXTS * 3, 8, 1, 2, 4)
     made.save(tmp_path)
     made.model.eval()
@@ -149,9 +149,48 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     torch.testing.assert_close(other(input_ids=ids, pixel_values=maps).logits_per_image, after)
 
 
+def test_beside_each_region_stands_what_the_first_stages_were_given_there():
+    torch.manual_seed(0)
+    stem = build_stem("scenes_vgg", "random", ["7", "3"])
+    pixels = torch.randn(2, 3, 128, 128)
+    maps = stem.maps(pixels)
+    assert maps.shape == (2, stem.patch_channels, 8, 8) == (2, 256 + 2 * 16 + 2 * 32, 8, 8)
+    assert torch.equal(maps[:, :256].flatten(2).transpose(1, 2), stem.regions(pixels))
+    after = 256
+    for number in (3, 7):
+        given = stem.net[:number](pixels)
+        side = given.shape[-1] // 8
+        channels = given.shape[1]
+        for row, column in ((0, 0), (2, 5), (7, 7)):
+            rows = slice(row * side, (row + 1) * side)
+            columns = slice(column * side, (column + 1) * side)
+            inside = given[:, :, rows, columns].flatten(2)
+            found = maps[:, after : after + 2 * channels, row, column] / stem.scale
+            torch.testing.assert_close(found[:, :channels], inside.mean(-1))
+            torch.testing.assert_close(found[:, channels:], inside.amax(-1))
+        after += 2 * channels
+
+
+def test_the_stages_of_a_stem_are_saved_with_it(tmp_path):
+    torch.manual_seed(0)
+    made = new_clip(build_stem("scenes_vgg", "random", ["3"]), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
+    made.save(tmp_path)
+    found = load_clip(tmp_path)
+    assert found.stem.first == ("3",)
+    pixels = torch.randn(1, 3, 128, 128)
+    difference = relative_difference(found.stem.maps(pixels), made.stem.maps(pixels))
+    assert difference < 0.01  # half precision
+    image_tokens(found.model, found.stem.maps(pixels))
+
+
+def test_a_stage_that_is_none_is_one_line():
+    with pytest.raises(UserError, match="cannot be cut at '99'; choose from 1, 2"):
+        build_stem("scenes_vgg", "random", ["99"])
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "stem.safetensors", "config.json"])
 def test_a_damaged_folder_is_one_line(file, tmp_path):
-    made = new_clip(build_encoder("scenes_vgg", "random"), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
+    made = new_clip(build_stem("scenes_vgg", "random"), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
     made.save(tmp_path)
     path = tmp_path / file
     path.write_bytes(path.read_bytes()[:100])
@@ -193,7 +232,7 @@ def test_training_writes_a_clip_and_learns(scenes, tmp_path, monkeypatch, capsys
 
 def test_recall_counts_who_is_better_than_ones_own(scenes, tmp_path):
     torch.manual_seed(0)
-    clip = new_clip(build_encoder("scenes_vgg", "random"), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
+    clip = new_clip(build_stem("scenes_vgg", "random"), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
     maps = {split: torch.randn(6, 256, 8, 8).half() for split in ("train", "val")}
     known = ["a dog", "the ball", "is there", "what colour", "a dog", "on the grass"]
     texts = {split: [[text] for text in known] for split in maps}
@@ -242,7 +281,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(scenes, tmp_path, monkeypat
 
 def test_steps_do_not_see_patches_that_they_take_away():
     torch.manual_seed(0)
-    clip = new_clip(build_encoder("scenes_vgg", "random"), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
+    clip = new_clip(build_stem("scenes_vgg", "random"), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
     maps = {"train": torch.zeros(5, 1, 8, 8)}
     settings = dict.fromkeys(train_clip.REPEATED, 1) | {"patch_dropout": 0.25}
     training = train_clip.Training(clip, maps, {}, settings, torch.device("cpu"))
@@ -258,6 +297,7 @@ def test_steps_do_not_see_patches_that_they_take_away():
     [
         (["--width", 9], "--width 9 is no multiple of --heads 2"),
         (["--stem", "nothing"], "nothing"),
+        (["--stem_stages", "99"], "cannot be cut at '99'"),
         (["--dataset", "no-such-folder"], "no-such-folder"),
         (["--patch_dropout", 1.5], "patch_dropout"),
     ],

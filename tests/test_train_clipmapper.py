@@ -13,8 +13,7 @@ import train_clipmapper
 from captioner import load_captioner
 from clipmappermodel import load_clipmapper
 from commandline import UserError
-from contrastive import load_clip, new_clip
-from encoder import build_encoder
+from contrastive import build_stem, load_clip, new_clip
 from questions import answers_of, chance, read_questions
 from train_clipmapper import Captions, Questions, Training
 
@@ -32,7 +31,7 @@ def clip_folder(scenes, tmp_path_factory):
     torch.manual_seed(0)
     texts = [question.text for question in read_questions(scenes, "train")] * 3
     folder = tmp_path_factory.mktemp("clip")
-    new_clip(build_encoder("scenes_vgg", "random"), texts, 8, 1, 2, 4).save(folder)
+    new_clip(build_stem("scenes_vgg", "random", ["7"]), texts, 8, 1, 2, 4).save(folder)
     return folder
 
 
