@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-# PyTorch takes more than a second to import, so only what needs it imports it.
+# PyTorch takes more than a second to import, so only what needs it imports it. Nothing that has to
+# be installed is imported here, so that `run` can say that it is not.
 
 # The weights that are in the repository, by their paths in it: two captioners and an inpainter.
 SHIPPED = (
@@ -43,14 +42,19 @@ class UserError(Exception):
 def run(main):
     """Call `main()` and turn what the user can mend into one line on stderr and exit code 2.
 
-    That is a UserError, an OSError (a full disk, a folder that cannot be written) and a lack of
-    memory. An interruption ends with exit code 130.
+    That is a UserError, an OSError (a full disk, a folder that cannot be written), a package that
+    is not installed, and a lack of memory. An interruption ends with exit code 130.
     """
     os.environ.pop("MPLBACKEND", None)  # no window is opened, and an unknown one is an error
     try:
         main()
     except (UserError, OSError) as error:
         _exit_with_error((str(error) or repr(error)).splitlines()[-1])
+    except ModuleNotFoundError as error:
+        _exit_with_error(
+            f"{error.name} is not installed for this Python; call `make` once and then "
+            "`. .venv/bin/activate`, or `pip install .`"
+        )
     except RuntimeError as error:
         import torch
 
@@ -209,10 +213,11 @@ def choose_device(name=None):
 
 def set_seed(seed):
     """Seed Python, NumPy and PyTorch (all devices)."""
+    import numpy
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -349,6 +354,7 @@ def provenance(seed=None, checkpoint=None):
 
     It holds the command line, the seed, the versions, and the checkpoint's path and hash.
     """
+    import numpy
     import torch
 
     return {
@@ -357,7 +363,7 @@ def provenance(seed=None, checkpoint=None):
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "numpy": np.__version__,
+            "numpy": numpy.__version__,
         },
         "checkpoint": str(checkpoint) if checkpoint else None,
         "checkpoint_sha256": checkpoint_hash(find_checkpoint(checkpoint)) if checkpoint else None,

@@ -71,6 +71,20 @@ def test_help_waits_for_no_slow_import(command):
     assert imported & SLOW == set()
 
 
+@pytest.mark.parametrize("command", ["explain", "train_clip"])
+def test_a_python_without_the_packages_is_told_what_to_do(command):
+    arguments = "photo.jpg" if command == "explain" else "--dataset scenes"
+    done = subprocess.run(
+        [sys.executable, "-S", f"{command}.py", *arguments.split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "is not installed for this Python; call `make` once and then" in line
+
+
 WRONG = {
     "preparedataset": "--batch_size 0",
     "train": "--samples 3",
