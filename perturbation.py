@@ -133,12 +133,14 @@ def main(arguments=None):
     require_writable(output)
     subject = subject_of(captioner, folder, args.split, args.items, args.seed)
     header = {"methods": methods, "items": len(subject), "seed": args.seed, "split": args.split}
-    header |= {"checkpoint": args.checkpoint, "dataset": folder.name}
+    made_by = provenance(args.seed, args.checkpoint)
+    header |= {name: made_by[name] for name in ("checkpoint", "checkpoint_sha256")}
+    header["dataset"] = folder.name
     with distributed.job(device):
         kept = output.with_suffix(".jsonl")
         records = perturbation.examine(subject, methods, kept, header, args.seed)
     if distributed.is_main():
-        report(records, subject, {**provenance(args.seed), **header}, output)
+        report(records, subject, {**made_by, **header}, output)
 
 
 def report(records, subject, about, output):
