@@ -165,6 +165,7 @@ class Trainer:
             f"each of {config.batch_size} images",
             "learning rate": f"{rates}; {config.schedule}",
             "device": f"{self.captioner.device}, processes: {distributed.world_size()}",
+            "precision": precision(config.bfloat16, self.captioner.device),
             "files": f"{self.output}, {self.last.name}, {history.name}, {figure.name}",
             "figures": "loss, a mean over words (of cross-entropy in nats); words of a step; "
             "BLEU and CIDEr of val",
@@ -575,6 +576,16 @@ def build_optimizer(captioner, config):
     if of_encoder:
         groups.append({"params": of_encoder, "lr": config.encoder_lr})
     return torch.optim.Adam(groups, betas=(config.adam_beta1, ADAM_BETA2), fused=True)
+
+
+def precision(bfloat16, device):
+    """What a training computes in, for the head of its log; bfloat16: whether it is asked for."""
+    if not bfloat16:
+        return "float32"
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16, which this CPU computes far more slowly than float32: see --no-bfloat16"
+    return "bfloat16 where it is safe"
 
 
 def numbers_in(group):

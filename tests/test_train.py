@@ -27,7 +27,7 @@ from commandline import UserError, read_json, write_json
 from encoder import CutEncoder, build_encoder
 from featurecache import features_path
 from train import FLAGS, parse_arguments
-from trainer import EpochTable, Trainer
+from trainer import EpochTable, Trainer, precision
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--batch_size", 8, "--workers", 0, "--device", "cpu"]
@@ -86,12 +86,20 @@ def test_the_same_seed_gives_the_same_captioner(folder, tmp_path, monkeypatch):
     assert not torch.equal(a["fc.weight"], c["fc.weight"])
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_head_tells_of_a_cpu_without_bfloat16(supported, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert precision(False, torch.device("cpu")) == "float32"
+    assert ("far more slowly" in precision(True, torch.device("cpu"))) != supported
+    assert precision(True, torch.device("cuda")) == "bfloat16 where it is safe"
+
+
 def test_the_log_has_a_head_and_a_table(folder, tmp_path, monkeypatch, capsys):
     flags = ["--dataset", folder, *SMALL, *NO_PRETRAINING, "--output", tmp_path / "it.pt"]
     run(monkeypatch, *flags, "--epochs", 2, "--decoder_lr", 0.25, "--finetune_encoder")
     lines = capsys.readouterr().out.splitlines()
     head = {}
-    for line in lines[:10]:
+    for line in lines[:11]:
         name, _, text = line.partition("  ")
         head[name] = text.strip()
     captioner = load_captioner(tmp_path / "it.pt")
@@ -102,8 +110,9 @@ def test_the_log_has_a_head_and_a_table(folder, tmp_path, monkeypatch, capsys):
     assert head["data"] == f"{folder}, images: train 24, val 6"
     assert head["steps"] == "6, 3 an epoch, each of 8 images"
     assert head["learning rate"] == "0.25, of the encoder 0.002; cosine"
+    assert head["precision"] == "float32"
     assert head["files"].startswith(f"{tmp_path}/it.pt, it.last.pt, it.jsonl")
-    names, *rows = lines[10:13]
+    names, *rows = lines[11:14]
     assert names.split() == list(rows_of(tmp_path / "it.pt")[0])
     ends = [match.end() for match in re.finditer(r"\S+", names)]
     for row in rows:
