@@ -174,6 +174,7 @@ def table(images, model_type):
     words           how many object words there are
     FILL            LeRF less MoRF with this fill, a mean; higher is better
     low, high       of ROAD's, its confidence interval
+    behind FIRST    by how much the first method's is higher, word by word, and its interval
     own map         by how much earlier the word goes by its own map than by another word's: the
     own low, high   mean difference of MoRF, and its interval; None for maps that know no word
     correlation     of the relevance of random sets of patches with the drop, mean and interval
@@ -183,16 +184,29 @@ def table(images, model_type):
         return []
     counts = draw_images(len(images))
     rows = []
-    for method in records[0]["morf"][ROAD]:
+    methods = list(records[0]["morf"][ROAD])
+    first = methods[0]
+    firsts = gaps_of(records, first, ROAD)
+    for method in methods:
         row = {"method": method, "words": len(records)}
         for fill in FILLS:
-            gaps = [found["lerf"][fill][method] - found["morf"][fill][method] for found in records]
-            row[fill], low, high = mean_with_interval(gaps, numbers, counts)
+            gaps = gaps_of(records, method, fill)
+            row[fill], low, high = mean_with_interval(gaps.tolist(), numbers, counts)
         row |= {"low": low, "high": high}  # of the last fill, ROAD's
+        behind = mean_with_interval((firsts - gaps).tolist(), numbers, counts)
+        columns = (f"behind {first}", "behind low", "behind high")
+        row |= dict(zip(columns, behind if method != first else (None, None, None)))
         row |= own_columns(records, numbers, counts, method)
         row |= correlation_columns(records, numbers, counts, method)
         rows.append(row)
     return rows
+
+
+def gaps_of(records, method, fill):
+    """LeRF less MoRF of each record, (N,)."""
+    most_first = [found["morf"][fill][method] for found in records]
+    least_first = [found["lerf"][fill][method] for found in records]
+    return np.array(least_first) - np.array(most_first)
 
 
 def own_columns(records, numbers, counts, method):

@@ -171,6 +171,8 @@ def test_the_table_takes_means_over_words():
     assert lrp["low"] <= lrp["linear"] <= lrp["high"]
     assert lrp["own map"] == pytest.approx(0.3) and lrp["correlation"] == pytest.approx(0.3)
     assert chance["method"] == "random" and chance["linear"] == 0
+    assert lrp["behind lrp"] is None and chance["behind lrp"] == pytest.approx(0.2)
+    assert chance["behind low"] == pytest.approx(lrp["low"])
     assert chance["own map"] is None and chance["correlation"] is None
 
 
