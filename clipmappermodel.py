@@ -406,7 +406,7 @@ class ClipMapperCaptioner(PretrainedCaptioner):
     """A CLIPmapper that captions, or answers questions, and explains what it says.
 
     model: a ClipMapper in eval mode; clip: its Clip. What is called pixels here is what the patches
-    are made of: with a stem, its regions as a map (B, C, h, w).
+    are made of: with a stem, what its `maps` returns, (B, C, h, w).
     """
 
     model_type = MODEL_TYPE

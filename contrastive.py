@@ -90,11 +90,10 @@ class Stem(Encoder):
     def __init__(self, name, first=()):
         super().__init__(name)
         self.first = tuple(first)
-        self.parts = []  # a list, so that their weights are not listed twice
+        parts = stages(self) if self.first else {}
         for stage in self.first:
-            require_stage(self, stage)
-        if self.first:
-            self.parts = list(stages(self).items())
+            require_stage(self, parts, stage)
+        self.parts = list(parts.items())  # a list, so that their weights are not listed twice
 
     @property
     def patch_channels(self):
@@ -245,10 +244,10 @@ def load_clip(path):
         model = transformers.CLIPModel.from_pretrained(path, local_files_only=local)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=local)
         processor = transformers.CLIPImageProcessor.from_pretrained(path, local_files_only=local)
-    except (OSError, ValueError, SafetensorError) as error:
+        stem = stem_of_config(config.to_dict())
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no CLIP can be loaded from {path}: {reason}") from None
-    stem = stem_of_config(config.to_dict())
     if stem:
         load_tensors(stem, Path(path) / STEM_FILE)
         stem.eval().requires_grad_(False)

@@ -382,7 +382,7 @@ class CutEncoder:
         self.encoder = encoder
         self.stage = stage
         parts = stages(encoder)
-        require_stage(encoder, stage)
+        require_stage(encoder, parts, stage)
         first = list(parts).index(stage)
         self.before = nn.Sequential(*list(parts.values())[:first])
         self.after = nn.Sequential(*list(parts.values())[first:])
@@ -426,9 +426,12 @@ def stages(encoder):
     return parts
 
 
-def require_stage(encoder, stage):
-    """Raise a UserError unless an encoder has such a stage, and something before it."""
-    names = list(stages(encoder))[1:]
+def require_stage(encoder, parts, stage):
+    """Raise a UserError unless an encoder has such a stage, and something before it.
+
+    parts: what `stages` returns of the encoder.
+    """
+    names = list(parts)[1:]
     if stage not in names:
         known = ", ".join(names)
         raise UserError(

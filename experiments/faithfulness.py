@@ -193,9 +193,10 @@ def table(images, model_type):
             gaps = gaps_of(records, method, fill)
             row[fill], low, high = mean_with_interval(gaps.tolist(), numbers, counts)
         row |= {"low": low, "high": high}  # of the last fill, ROAD's
-        behind = mean_with_interval((firsts - gaps).tolist(), numbers, counts)
-        columns = (f"behind {first}", "behind low", "behind high")
-        row |= dict(zip(columns, behind if method != first else (None, None, None)))
+        behind = (None, None, None)
+        if method != first:
+            behind = mean_with_interval((firsts - gaps).tolist(), numbers, counts)
+        row |= dict(zip((f"behind {first}", "behind low", "behind high"), behind))
         row |= own_columns(records, numbers, counts, method)
         row |= correlation_columns(records, numbers, counts, method)
         rows.append(row)

@@ -183,6 +183,17 @@ def test_the_stages_of_a_stem_are_saved_with_it(tmp_path):
     image_tokens(found.model, found.stem.maps(pixels))
 
 
+@pytest.mark.parametrize("stages", [5, None, ["99"]])
+def test_a_configuration_of_odd_stages_is_one_line(stages, tmp_path):
+    clip = new_clip(build_stem("scenes_vgg", "random", ["3"]), tiny_clip.TEXTS * 3, 8, 1, 2, 4)
+    clip.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"stem_stages": stages}))
+    with pytest.raises(UserError) as error:
+        load_clip(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_stage_that_is_none_is_one_line():
     with pytest.raises(UserError, match="cannot be cut at '99'; choose from 1, 2"):
         build_stem("scenes_vgg", "random", ["99"])
